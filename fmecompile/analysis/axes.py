@@ -1,0 +1,108 @@
+"""Atom propagation: which axes every operator of a graph keeps, reduces and bars.
+
+One walk in topological order applies each operator's rule; atoms are resolved to their finest parts at the end, since
+a later reshape may split an atom that earlier operators carried.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fmecompile.graph.atoms import AtomTable
+from fmecompile.graph.specs import TensorSpec, node_spec
+from fmecompile.operators import RULES
+from fmecompile.operators.registry import Axes, Call, Operand, Result
+
+
+@dataclass(frozen=True)
+class Use:
+    """One occurrence of a tensor among a call's arguments: its axes, which of them the call keeps, and the atoms it
+    reduces. A tensor that occurs twice (the query and the key of an attention) has two uses, in argument order."""
+
+    node: fx.Node
+    axes: Axes
+    reduced: frozenset[int]
+    kept_dims: frozenset[int]
+
+
+@dataclass(frozen=True)
+class NodeAxes:
+    """The axes of a node's result, and the atoms a loop may (``carries``) and may not (``barred``) slice it along."""
+
+    axes: Axes
+    carries: frozenset[int]
+    barred: frozenset[int]
+    uses: tuple[Use, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class GraphAxes:
+    """Axes of every tensor node of one graph. ``barriers`` are the operators without a rule, with their reason."""
+
+    table: AtomTable
+    nodes: dict[fx.Node, NodeAxes]
+    barriers: dict[fx.Node, str]
+
+    def __getitem__(self, node: fx.Node) -> NodeAxes:
+        return self.nodes[node]
+
+
+def propagate(graph: fx.Graph) -> GraphAxes:
+    """Axes of every node of ``graph``, whose specs must be known."""
+    table = AtomTable()
+    raw: dict[fx.Node, tuple[Result, tuple[Operand, ...]]] = {}
+    barriers: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        spec = node_spec(node)
+        if node.op == "output" or spec is None:
+            continue
+        operands: list[Operand] = []
+
+        def occurrence(n: fx.Node, operands: list[Operand] = operands) -> Operand:
+            operands.append(_operand(n, raw))
+            return operands[-1]
+
+        args, kwargs = fx.map_arg(node.args, occurrence), fx.map_arg(node.kwargs, occurrence)
+        rule = RULES.get(node.target) if node.op == "call_function" else None
+        if rule is None or not isinstance(spec, TensorSpec):
+            if node.op == "call_function":
+                barriers[node] = f"no axis rule for {node.target}"
+            result = _opaque(table, spec)
+        else:
+            result = rule.rule(Call(table, operands, spec.shape), *args, **kwargs)
+        raw[node] = (result, tuple(operands))
+    return GraphAxes(table, {node: _resolved(table, *found) for node, found in raw.items()}, barriers)
+
+
+def _operand(node: fx.Node, raw: dict[fx.Node, tuple[Result, tuple[Operand, ...]]]) -> Operand:
+    spec = node_spec(node)
+    if isinstance(spec, TensorSpec):
+        return Operand(node, spec, raw[node][0].axes)
+    return Operand(node, spec, ())
+
+
+def _opaque(table: AtomTable, spec: Any) -> Result:
+    """Graph inputs carry fresh axes; so do results of operators without a rule, which come whole."""
+    shape = spec.shape if isinstance(spec, TensorSpec) else ()
+    return Result(tuple(table.fresh(size) for size in shape), frozenset(range(len(shape))), "no axis rule")
+
+
+def _resolved(table: AtomTable, result: Result, operands: tuple[Operand, ...]) -> NodeAxes:
+    axes = tuple(table.resolve(axis) for axis in result.axes)
+    atoms = [atom for axis in axes for atom in axis]
+    whole = {atom for d in result.whole for atom in axes[d]}
+    twice = {atom for atom in atoms if atoms.count(atom) > 1}
+    barred = frozenset(whole | twice)
+    return NodeAxes(axes, frozenset(atoms) - barred, barred, tuple(_use(table, o) for o in operands), result.reason)
+
+
+def _use(table: AtomTable, operand: Operand) -> Use:
+    axes = tuple(table.resolve(axis) for axis in operand.axes)
+    atoms = [atom for axis in axes for atom in axis]
+    reduced = {atom for d, axis in enumerate(axes) if d not in operand.kept for atom in axis}
+    reduced |= {atom for atom in atoms if atoms.count(atom) > 1}
+    return Use(operand.node, axes, frozenset(reduced), frozenset(operand.kept))

@@ -1,0 +1,119 @@
+"""From an ``nn.Module`` and a call to a :class:`Program`, through ``torch.export``'s training IR.
+
+Composite operators stay whole there (linear, group_norm, scaled_dot_product_attention), there is no control flow left,
+and every node keeps its module path and source line. The default decompositions are never run: attention would
+materialise its scores.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+import warnings
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind
+
+from fmecompile.errors import CaptureError
+from fmecompile.graph.program import Binding, Input, Literal, Program, Weight
+from fmecompile.graph.specs import SPEC, spec_of
+
+_NEXT = "the module stays eager; rewrite the line so that it does not depend on tensor values, or pass strict=False"
+
+
+def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    """Capture one call of ``module``. Works on real and on fake tensors; nothing is computed.
+
+    Raises:
+        CaptureError: control flow that depends on data, a mutated buffer or input, or any other failure of export.
+    """
+    exported = functional(export(module, args, kwargs))
+    return program_of(exported)
+
+
+def export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    """``torch.export`` without gradients, its errors turned into :class:`CaptureError`."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(module, args, kwargs, strict=False)
+    except Exception as error:
+        place = source_line(error) or type(module).__name__
+        raise CaptureError(
+            f"torch.export could not capture {type(module).__name__}: {_first_line(error)}", place=place, next_step=_NEXT
+        ) from error
+
+
+def functional(exported: ExportedProgram) -> ExportedProgram:
+    """Make in-place operators functional; composite operators stay whole (an empty decomposition table)."""
+    mutates = any(
+        isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable
+        and node.target is not torch.ops.aten.detach_.default
+        for node in exported.graph.nodes
+    )
+    return exported.run_decompositions({}) if mutates else exported
+
+
+def program_of(exported: ExportedProgram) -> Program:
+    """The graph with one placeholder a used tensor, each with its spec and its binding."""
+    signature = exported.graph_signature
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    values = graph.graph_copy(exported.graph, copies)
+    _refuse_effects(signature)
+    graph.output(values)
+    leaf = 0
+    bindings: list[Binding] = []
+    originals = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    for original, spec in zip(originals, signature.input_specs, strict=True):
+        node, position = copies[original], leaf
+        leaf += spec.kind == InputKind.USER_INPUT
+        if not node.users:
+            graph.erase_node(node)
+            continue
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            raise CaptureError(f"the graph reads the input {node.name}, which is not a tensor")
+        node.meta[SPEC] = spec_of(value)
+        bindings.append(_binding(spec, position))
+    out_spec = exported.call_spec.out_spec
+    assert out_spec is not None
+    return Program(graph, bindings, out_spec, {k: v for k, v in exported.constants.items() if _is_tensor(v)})
+
+
+def _binding(spec: InputSpec, leaf: int) -> Binding:
+    if spec.kind == InputKind.USER_INPUT:
+        return Input(leaf)
+    if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+        return Weight(str(spec.target))
+    if spec.kind == InputKind.CONSTANT_TENSOR:
+        return Literal(str(spec.target))
+    raise CaptureError(f"the module has an input of kind {spec.kind.name.lower()}, which is not supported")
+
+
+def _refuse_effects(signature: ExportGraphSignature) -> None:
+    for spec in signature.output_specs:
+        if spec.kind != OutputKind.USER_OUTPUT:
+            raise CaptureError(
+                f"the module changes {spec.target or 'a value'} in place ({spec.kind.name.lower()})",
+                next_step="return the new value instead of storing it, or leave this module eager",
+            )
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def source_line(error: BaseException) -> str:
+    """The innermost frame of ``error`` outside torch, as ``file:line in function``; empty where there is none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if f"{os.sep}torch{os.sep}" not in f.filename and "fmecompile" not in f.filename]
+    return f"{theirs[-1].filename}:{theirs[-1].lineno} in {theirs[-1].name}: {theirs[-1].line}" if theirs else ""

@@ -1,0 +1,154 @@
+"""Matrix products, convolutions and attention: batch-like axes are kept, contracted ones reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fmecompile.operators.pointwise import broadcast
+from fmecompile.operators.registry import Axis, Call, Operand, Result, axis_rule, tensor
+
+aten = torch.ops.aten
+
+
+@axis_rule(
+    aten.linear.default,
+    samples=((tensor(4, 6, 5), tensor(7, 5), tensor(7)), (tensor(6, 5), tensor(3, 5)), (tensor(5), tensor(3, 5))),
+)
+def linear(call: Call, x: Operand, *_: Any) -> Result:
+    """(*, in) -> (*, out). Keeps *, reduces in; the weight stays whole."""
+    call.keep(x, range(x.ndim - 1))
+    return call.result([*x.axes[:-1], None], "linear mixes features")
+
+
+@axis_rule(aten.bmm.default, samples=((tensor(4, 3, 5), tensor(4, 5, 6)),))
+def bmm(call: Call, x: Operand, y: Operand) -> Result:
+    """(B, M, K), (B, K, N) -> (B, M, N). Keeps B and M; y stays whole per batch."""
+    call.keep(x, [1])
+    batch: Axis | None = None
+    if call.same(x.axes[0], y.axes[0]):
+        batch = x.axes[0]
+        call.keep(x, [0])
+        call.keep(y, [0])
+    return call.result([batch, x.axes[1], None], "the right operand of a matrix product stays whole")
+
+
+@axis_rule(
+    aten.matmul.default,
+    samples=((tensor(4, 3, 5), tensor(4, 5, 6)), (tensor(2, 4, 3, 5), tensor(5, 6)), (tensor(4, 3, 5), tensor(1, 5, 6))),
+)
+def matmul(call: Call, x: Operand, y: Operand) -> Result:
+    """(*, M, K), (*, K, N) -> (*, M, N). Keeps * and M; y stays whole in its last two."""
+    if x.ndim < 2 or y.ndim < 2:
+        return call.result([None] * len(call.shape), "a vector in a matrix product")
+    axes = _batch_axes(call, [x, y])
+    call.keep(x, [x.ndim - 2])
+    return call.result([*axes, x.axes[-2], None], "the right operand of a matrix product stays whole")
+
+
+@axis_rule(aten.addmm.default, samples=((tensor(6), tensor(4, 5), tensor(5, 6)),))
+def addmm(call: Call, bias: Operand, x: Operand, y: Operand, **_: Any) -> Result:
+    """(N), (M, K), (K, N) -> (M, N). Keeps M."""
+    del y
+    if bias.ndim > 1 and bias.shape[0] != 1:
+        return call.result([None, None], "addmm with a full matrix to add")
+    call.keep(x, [0])
+    return call.result([x.axes[0], None], "the right operand of a matrix product stays whole")
+
+
+def _batch_axes(call: Call, operands: Sequence[Operand]) -> list[Axis | None]:
+    """Broadcast the leading dimensions of matrices; their last two are left alone."""
+    leading = Call(call._table, [_leading(o) for o in operands], call.shape[:-2])
+    axes = broadcast(leading, leading.operands)
+    for operand, part in zip(operands, leading.operands, strict=True):
+        call.keep(operand, part.kept)
+    return axes
+
+
+def _leading(operand: Operand) -> Operand:
+    return Operand(operand.node, operand.spec.resized(operand.shape[:-2]), operand.axes[:-2])
+
+
+@axis_rule(
+    aten.scaled_dot_product_attention.default,
+    samples=(
+        (tensor(4, 2, 6, 8), tensor(4, 2, 5, 8), tensor(4, 2, 5, 8)),
+        (tensor(4, 2, 6, 8), tensor(4, 2, 6, 8), tensor(4, 2, 6, 8), tensor(4, 1, 6, 6)),
+        (tensor(3, 6, 8), tensor(3, 6, 8), tensor(3, 6, 8), None, 0.0, True),
+    ),
+)
+def attention(
+    call: Call,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    mask: Operand | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    **kwargs: Any,
+) -> Result:
+    """(*, L, E), (*, S, E), (*, S, V) -> (*, L, V). Keeps batch, heads and queries; keys and values whole in S."""
+    if dropout or kwargs.get("enable_gqa"):
+        return call.result([None] * len(call.shape), "attention with dropout or grouped heads")
+    axes = _batch_axes(call, [query, key, value] + ([mask] if mask is not None and mask.ndim > 2 else []))
+    rows: Axis | None = query.axes[-2]
+    if causal:
+        rows = None
+    elif mask is not None and mask.ndim >= 2 and mask.shape[-2] != 1:
+        if call.same(query.axes[-2], mask.axes[-2]):
+            call.keep(mask, [mask.ndim - 2])
+        else:
+            rows = None
+    if rows is not None:
+        call.keep(query, [query.ndim - 2])
+    return call.result([*axes, rows, None], "attention mixes it")
+
+
+def _at(option: int | Sequence[int], dim: int) -> int:
+    if isinstance(option, int):
+        return option
+    return option[dim] if len(option) > 1 else option[0]
+
+
+def convolution(
+    call: Call,
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    *_: Any,
+) -> Result:
+    """(N, C, *) -> (N, C', *). Keeps N, and a spatial dimension where kernel and stride are 1 and nothing is padded."""
+    del bias
+    kernel = weight.shape[2:]
+    if x.ndim != len(kernel) + 2:
+        return call.result([None] * len(call.shape), "convolution without a batch dimension")
+    call.keep(x, [0])
+    axes: list[Axis | None] = [x.axes[0], None]
+    for d, size in enumerate(kernel):
+        alone = size == 1 and _at(stride, d) == 1 and not isinstance(padding, str) and _at(padding, d) == 0
+        if alone:
+            call.keep(x, [d + 2])
+        axes.append(x.axes[d + 2] if alone else None)
+    return call.result(axes, "a convolution mixes channels, and its kernel reaches over neighbours")
+
+
+axis_rule(aten.conv1d.default, samples=((tensor(4, 3, 8), tensor(5, 3, 3), tensor(5), [1], [1]),))(convolution)
+axis_rule(
+    aten.conv2d.default,
+    samples=(
+        (tensor(4, 3, 6, 5), tensor(5, 3, 3, 3), tensor(5), [1, 1], [1, 1]),
+        (tensor(4, 3, 6, 5), tensor(5, 3, 1, 1), tensor(5)),
+        (tensor(4, 4, 6, 4), tensor(4, 2, 1, 3), None, [1, 2], [0, 1], [1, 1], 2),
+    ),
+)(convolution)
+axis_rule(
+    aten.conv3d.default,
+    samples=(
+        (tensor(2, 3, 5, 4, 6), tensor(4, 3, 3, 1, 1), tensor(4), [1, 1, 1], [1, 0, 0]),
+        (tensor(3, 2, 4, 4, 3), tensor(4, 2, 3, 3, 3), None, [1, 1, 1], [1, 1, 1]),
+    ),
+)(convolution)

@@ -1,0 +1,139 @@
+"""The graph as the partition sees it: arrays by position, and the boundaries where a group may begin or end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from fmecompile.analysis.axes import GraphAxes
+from fmecompile.analysis.storages import Storages
+from fmecompile.graph.specs import TensorSpec, node_spec
+from fmecompile.runtime.norms import group_norm_apply
+
+
+@dataclass(frozen=True)
+class Read:
+    """One operand of the call at a position: who produced it (a position, or -1 for a graph input), the position that
+    owns its storage (or -1), and the atoms the call reduces."""
+
+    producer: int
+    owner: int
+    reduced: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Region:
+    """Positions 0..n of a straight-line graph. ``live`` has one entry a boundary, the other sequences one a position."""
+
+    nodes: tuple[fx.Node, ...]
+    sizes: dict[int, int]
+    carries: list[frozenset[int]]
+    barred: list[frozenset[int]]
+    reads: list[tuple[Read, ...]]
+    owner: list[int]
+    nbytes: tuple[int, ...]
+    hidden: list[int]
+    paired: list[int]
+    last: list[int]
+    dies: list[list[int]]
+    live: list[int]
+    boundaries: list[int]
+
+    @property
+    def threshold_bytes(self) -> int:
+        """Storages below this do not shape the search: a thousandth of the largest."""
+        return max(self.nbytes, default=0) // 1000
+
+
+def region(storages: Storages, axes: GraphAxes) -> Region:
+    """Flatten storages and axes into arrays, and find the boundaries."""
+    position = storages.position
+    nodes = storages.nodes
+    n = len(nodes)
+    owner = [position.get(storages.roots[node], -1) for node in nodes]
+    reads = [tuple(_read(use, storages) for use in axes[node].uses) if node in axes.nodes else () for node in nodes]
+    last = [storages.last.get(node, at) for at, node in enumerate(nodes)]
+    dies: list[list[int]] = [[] for _ in range(n + 1)]
+    for at, node in enumerate(nodes):
+        if storages.roots[node] is node:
+            dies[min(last[at], n)].append(at)
+    live = storages.live_bytes()
+    atoms = {atom for facts in axes.nodes.values() for axis in facts.axes for atom in axis}
+    empty: frozenset[int] = frozenset()
+    found = Region(
+        nodes=nodes,
+        sizes={atom: axes.table.size(atom) for atom in atoms},
+        carries=[axes[node].carries if node in axes.nodes else empty for node in nodes],
+        barred=[axes[node].barred if node in axes.nodes else empty for node in nodes],
+        reads=reads,
+        owner=owner,
+        nbytes=storages.nbytes,
+        hidden=list(storages.hidden),
+        paired=[_statistics_of(node, position) for node in nodes],
+        last=last,
+        dies=dies,
+        live=live,
+        boundaries=[],
+    )
+    found.boundaries.extend(_boundaries(found))
+    return found
+
+
+def _read(use: object, storages: Storages) -> Read:
+    node: fx.Node = use.node  # type: ignore[attr-defined]
+    root = storages.roots.get(node, node)
+    return Read(storages.position.get(node, -1), storages.position.get(root, -1), use.reduced)  # type: ignore[attr-defined]
+
+
+def _statistics_of(node: fx.Node, position: dict[fx.Node, int]) -> int:
+    """For the apply half of a GroupNorm, the position of its statistics; -1 elsewhere."""
+    if node.target is group_norm_apply:
+        return position.get(node.args[1], -1)  # type: ignore[arg-type]
+    return -1
+
+
+def _boundaries(region: Region) -> list[int]:
+    """Where a group may begin or end: where few bytes live.
+
+    Local minima of the live bytes, a plateau counting as one level; on a plateau one boundary in front of every call
+    that allocates much or reads much, never in front of a view, so that views stay with their producer.
+    """
+    n, small = len(region.nodes), max(region.threshold_bytes, 1)
+    plateaus: list[list[int]] = []
+    for p in range(n + 1):
+        if plateaus and abs(region.live[p] - region.live[plateaus[-1][0]]) <= small:
+            plateaus[-1].append(p)
+        else:
+            plateaus.append([p])
+    levels = [min(region.live[p] for p in plateau) for plateau in plateaus]
+    found = {0, n}
+    for k, plateau in enumerate(plateaus):
+        lowest = (k == 0 or levels[k - 1] > levels[k]) and (k == len(plateaus) - 1 or levels[k + 1] > levels[k])
+        if lowest:
+            found.update(p for p in plateau if p < n and _is_large(region, p, small))
+    for p in range(n):
+        if region.paired[p] >= 0:
+            found.update((region.paired[p], p))
+    for p, node in enumerate(region.nodes):
+        if not isinstance(node_spec(node), TensorSpec):
+            found.discard(p + 1)
+    return sorted(found)
+
+
+def _is_large(region: Region, p: int, small: int) -> bool:
+    if region.owner[p] != p:
+        return False
+    return region.nbytes[p] > small or any(r.owner >= 0 and region.nbytes[r.owner] > small for r in region.reads[p])
+
+
+def atom_strides(spec: TensorSpec, axes: Sequence[Sequence[int]], sizes: dict[int, int]) -> dict[int, int]:
+    """The stride in elements of every atom of a tensor."""
+    strides: dict[int, int] = {}
+    for dim, axis in enumerate(axes):
+        step = spec.stride[dim]
+        for atom in reversed(axis):
+            strides[atom] = step
+            step *= sizes[atom]
+    return strides

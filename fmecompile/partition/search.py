@@ -1,0 +1,79 @@
+"""The search: the cheapest way to run the whole graph under a limit, and the least limit that can be met.
+
+Dynamic programming over boundaries: the cheapest plan of the first i operators is extended by one candidate. The limit
+is found by bisection, since a plan that meets a limit meets every larger one. Cost is chunk trips, then groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fmecompile.partition.candidates import Candidate
+
+KNEE = 1.05
+"""The default plan takes the fewest trips among plans within 5 % of the least peak."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One candidate with its chunk size (0 when it runs whole)."""
+
+    candidate: Candidate
+    chunk: int
+    trips: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.candidate.peak_bytes(self.chunk)
+
+
+def cheapest(by_stop: dict[int, list[Candidate]], stops: list[int], allowed_bytes: float) -> list[Choice] | None:
+    """The plan with the fewest trips whose every part peaks at no more than ``allowed_bytes``; None if there is none."""
+    best: dict[int, tuple[float, Choice | None]] = {0: (0.0, None)}
+    for stop in stops:
+        found: tuple[float, Choice | None] | None = None
+        for candidate in by_stop.get(stop, ()):
+            before = best.get(candidate.start)
+            if before is None or (found is not None and before[0] >= found[0]):
+                continue
+            choice = _choose(candidate, allowed_bytes)
+            if choice is None:
+                continue
+            cost = before[0] + (choice.trips + 0.5 if choice.trips else 0.0)
+            if found is None or cost < found[0]:
+                found = (cost, choice)
+        if found is not None:
+            best[stop] = found
+    return _trace(best, stops[-1])
+
+
+def _choose(candidate: Candidate, allowed_bytes: float) -> Choice | None:
+    if not candidate.nest:
+        return Choice(candidate, 0, 0) if candidate.base_bytes <= allowed_bytes else None
+    fit = candidate.fit(allowed_bytes)
+    return Choice(candidate, fit[1], fit[0]) if fit else None
+
+
+def _trace(best: dict[int, tuple[float, Choice | None]], end: int) -> list[Choice] | None:
+    if end not in best:
+        return None
+    path: list[Choice] = []
+    at = end
+    while at:
+        choice = best[at][1]
+        assert choice is not None
+        path.append(choice)
+        at = choice.candidate.start
+    return path[::-1]
+
+
+def least_limit(by_stop: dict[int, list[Candidate]], stops: list[int], resolution: float = 0.004) -> float:
+    """The least limit in bytes that some plan meets, within ``resolution``."""
+    low, high = 0.0, float(max(c.base_bytes for found in by_stop.values() for c in found if not c.nest))
+    while high - low > resolution * high:
+        middle = (low + high) / 2
+        if cheapest(by_stop, stops, middle) is None:
+            low = middle
+        else:
+            high = middle
+    return high

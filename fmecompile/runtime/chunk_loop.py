@@ -1,0 +1,140 @@
+"""The chunk loop: one group of operators run over slices of its loop axes, in bounded memory.
+
+A loop nest of axes, outermost first; all but the innermost advance one row at a time, the innermost ``chunk`` rows with
+a shorter tail. Each trip slices what it reads, runs the body and writes its slice of every output. Outputs are allocated
+once, or take over the storage of an input that dies in the loop; never a list and a concatenation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import fx, nn
+
+
+@dataclass(frozen=True)
+class LoopAxis:
+    """``size`` rows handled ``chunk`` at a time."""
+
+    size: int
+    chunk: int
+
+    @property
+    def trips(self) -> int:
+        return -(-self.size // self.chunk)
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Along ``dim`` a trip starts at the sum of ``offset of axis * step`` and spans ``rows * unit``.
+
+    ``inner`` tells whether the innermost axis runs along this dimension; ``rows`` is its chunk then, and 1 otherwise.
+    """
+
+    dim: int
+    terms: tuple[tuple[int, int], ...]
+    unit: int
+    inner: bool
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a trip slices one tensor: viewed as ``shape`` first when given, then narrowed."""
+
+    narrows: tuple[Narrow, ...]
+    shape: tuple[int, ...] | None = None
+
+    def spans(self, offsets: Sequence[int], rows: int) -> tuple[tuple[int, int, int], ...]:
+        """(dim, start, length) of each narrowed dimension at one trip."""
+        return tuple(
+            (n.dim, sum(offsets[axis] * step for axis, step in n.terms), n.unit * (rows if n.inner else 1))
+            for n in self.narrows
+        )
+
+
+@dataclass(frozen=True)
+class Output:
+    """One result of the loop, allocated with the strides it has outside loops, or laid over the input ``takes``."""
+
+    cut: Cut
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    takes: int | None = None
+
+
+@dataclass(frozen=True)
+class LoopSpec:
+    """``cuts`` has one entry an operand, None for operands every trip reads whole."""
+
+    axes: tuple[LoopAxis, ...]
+    cuts: tuple[Cut | None, ...]
+    outputs: tuple[Output, ...]
+
+    @property
+    def trips(self) -> int:
+        count = 1
+        for axis in self.axes:
+            count *= axis.trips
+        return count
+
+
+Span = tuple[tuple[int, int, int], ...]
+
+
+class ChunkLoop(nn.Module):
+    """Runs ``body`` over all chunks, ``tail`` over the shorter last one, and returns the outputs as a tuple."""
+
+    def __init__(self, spec: LoopSpec, body: fx.GraphModule, tail: fx.GraphModule | None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.body = body
+        self.tail = tail
+        self._sliced = tuple((i, cut) for i, cut in enumerate(spec.cuts) if cut is not None)
+        self._trips = tuple(self._plan_trips())
+
+    def _plan_trips(self) -> list[tuple[bool, tuple[Span, ...], tuple[Span, ...]]]:
+        *outer, inner = self.spec.axes
+        trips = []
+        for place in product(*(range(axis.size) for axis in outer), range(0, inner.size, inner.chunk)):
+            rows = min(inner.chunk, inner.size - place[-1])
+            reads = tuple(cut.spans(place, rows) for _, cut in self._sliced)
+            writes = tuple(output.cut.spans(place, rows) for output in self.spec.outputs)
+            trips.append((rows == inner.chunk, reads, writes))
+        return trips
+
+    def forward(self, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = tuple(_place(output, operands) for output in self.spec.outputs)
+        readable = [(i, _viewed(operands[i], cut)) for i, cut in self._sliced]
+        writable = [_viewed(tensor, output.cut) for tensor, output in zip(outputs, self.spec.outputs, strict=True)]
+        pieces = list(operands)
+        for is_full, reads, writes in self._trips:
+            for (i, tensor), span in zip(readable, reads, strict=True):
+                pieces[i] = _narrowed(tensor, span)
+            body = self.body if is_full else self.tail
+            assert body is not None
+            for target, value, span in zip(writable, body(*pieces), writes, strict=True):
+                piece = _narrowed(target, span)
+                piece.copy_(value.view(piece.shape) if value.shape != piece.shape else value)
+            value = piece = None  # the next trip must not find this one's values alive
+        return outputs
+
+
+def _place(output: Output, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    if output.takes is not None:
+        over = operands[output.takes]
+        return over.as_strided(output.shape, output.stride, over.storage_offset())
+    return operands[0].new_empty_strided(output.shape, output.stride, dtype=output.dtype)
+
+
+def _viewed(tensor: torch.Tensor, cut: Cut) -> torch.Tensor:
+    return tensor if cut.shape is None else tensor.view(cut.shape)
+
+
+def _narrowed(tensor: torch.Tensor, span: Span) -> torch.Tensor:
+    for dim, start, length in span:
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
