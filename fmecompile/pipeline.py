@@ -1,26 +1,179 @@
-"""The passes, in order, on one screen.
+"""The compiler from end to end: the passes, in order, on one screen.
 
-Each pass is a frozen dataclass whose fields are its options, with one ``apply(program, facts) -> str`` that says what
-it did. Valid graph in, valid graph out: after any of them the program runs, prints and states its projected peak.
+A normalising pass is a frozen dataclass whose fields are its options, with one ``apply(program, facts) -> str`` that
+says what it did. Valid graph in, valid graph out: after any stage the program runs, prints, and states its projected
+peak. One hook between stages (``observe``) does printing, checking and recording.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import fx, nn
+
 from fmecompile.analysis.facts import FactTable
+from fmecompile.analysis.memory import Projection, project
+from fmecompile.analysis.verify import measured_peak_bytes
+from fmecompile.capture.export import capture
 from fmecompile.graph import edit
-from fmecompile.graph.program import Program, compute_nodes
+from fmecompile.graph.group import Group
+from fmecompile.graph.invariants import check
+from fmecompile.graph.plan import Plan, PlanKey
+from fmecompile.graph.program import Constant, Input, Literal, Program, Weight, compute_nodes
+from fmecompile.graph.specs import TensorSpec, node_spec
+from fmecompile.graph.structure import structure
+from fmecompile.partition.decide import describe, replay
+from fmecompile.partition.partition import Partitioner
+from fmecompile.passes.chunk_loops import ChunkLoops
 from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
 from fmecompile.passes.fold_constants import FoldConstants
+from fmecompile.passes.fuse_norm import FuseNorm
 from fmecompile.passes.relax_views import RelaxViews
 from fmecompile.passes.sink_producers import SinkProducers
 from fmecompile.passes.two_pass_norm import TwoPassNorm
+from fmecompile.runtime.executable import Compiled, Slot
 
-NORMALISE = (DropNoops(), RelaxViews(), FoldConstants(), EliminateCommon(), DropNoops(), SinkProducers(), TwoPassNorm())
+PASSES = (
+    DropNoops(),
+    RelaxViews(),
+    FoldConstants(),
+    EliminateCommon(),
+    DropNoops(),
+    SinkProducers(),
+    TwoPassNorm(),
+    # then: partition (the search), chunk-loops (the rewrite by its plan), fuse-norm
+)
 
 
-def normalise(program: Program, facts: FactTable):
+@dataclass
+class Compilation:
+    """One program on its way through the stages. ``notes`` holds what each stage said it did."""
+
+    program: Program
+    facts: FactTable = field(default_factory=FactTable)
+    groups: dict[str, Group] = field(default_factory=dict)
+    loops: dict[str, nn.Module] = field(default_factory=dict)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+
+    def project(self) -> Projection:
+        return project(self.program, self.groups, self.facts)
+
+
+Observe = Callable[[str, Compilation], None]
+
+
+def compile_module(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    saved: Sequence[Plan] = (),
+    observe: Observe | None = None,
+) -> tuple[Compiled, Plan]:
+    """Capture, normalise, partition and rewrite one call of ``module``. A matching plan in ``saved`` spares the search.
+
+    Raises CaptureError when the module cannot be captured; whatever cannot be sliced afterwards is only a barrier.
+    """
+    compilation = Compilation(capture(module, args, kwargs))
+    return compile_program(compilation, saved, observe)
+
+
+def compile_program(
+    compilation: Compilation, saved: Sequence[Plan] = (), observe: Observe | None = None
+) -> tuple[Compiled, Plan]:
+    """Everything after capture."""
+    program, facts = compilation.program, compilation.facts
+
+    def done(name: str, note: str) -> None:
+        compilation.notes.append((name, note))
+        if observe is not None:
+            observe(name, compilation)
+
     edit.annotate(compute_nodes(program.graph), facts)
-    for item in NORMALISE:
-        print(type(item).__name__, item.apply(program, facts))
+    done("capture", f"{len(compute_nodes(program.graph))} operators")
+    for item in PASSES:
+        note = item.apply(program, facts)
         edit.annotate(compute_nodes(program.graph), facts)
+        done(pass_name(item), note)
+    partitioner = Partitioner(program, facts)
+    key = _key(program)
+    answer = replay(partitioner, key, saved) or partitioner.search()
+    compilation.groups = {f"chunk_loop_{k}": group for k, group in enumerate(answer.groups)}
+    planned = describe(partitioner, answer)
+    done("partition", f"{len(answer.groups)} groups, {sum(g.trips for g in planned)} chunk trips")
+    compilation.loops = dict(ChunkLoops(answer.groups).apply(program))
+    done("chunk-loops", f"{len(compilation.loops)} loops")
+    done("fuse-norm", FuseNorm().apply(program, facts))
+    check(program)
+    projection = compilation.project()
+    projected = max(projection.peak_bytes, measured_peak_bytes(program, compilation.loops))
+    plan = Plan(
+        key=key,
+        groups=planned,
+        projected_peak_bytes=projected,
+        allowed_bytes=max(answer.allowed_bytes, projected),
+        floor_bytes=min(answer.floor_bytes, projected),
+        eager_peak_bytes=0,
+        weight_bytes=_bound_bytes(program, Weight),
+        input_bytes=_bound_bytes(program, Input),
+        owners=projection.owners[:16],
+        timeline=tuple(m.total_bytes for m in projection.moments),
+        eager_timeline=(),
+        barriers=partitioner.barriers(),
+    )
+    return finish(compilation), plan
+
+
+def finish(compilation: Compilation) -> Compiled:
+    """The runnable program of the present stage."""
+    program = compilation.program
+    root = nn.Module()
+    for name, loop in compilation.loops.items():
+        root.add_module(name, loop)
+    graph_module = fx.GraphModule(root, program.graph, class_name="Rewritten")
+    slots = tuple(_slot(binding) for binding in program.bindings)
+    return Compiled(graph_module, slots, program.constants, tuple(program.literals.values()), program.out_spec)
+
+
+def pass_name(item: object) -> str:
+    """``DropNoops`` -> ``drop-noops``."""
+    name = type(item).__name__
+    return "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
+
+
+def _slot(binding: object) -> Slot:
+    if isinstance(binding, Weight):
+        return ("weight", binding.name)
+    if isinstance(binding, Input):
+        return ("input", binding.leaf)
+    if isinstance(binding, Constant):
+        return ("constant", binding.index)
+    assert isinstance(binding, Literal)
+    return ("literal", binding.name)
+
+
+def _bound_bytes(program: Program, kind: type) -> int:
+    bound = zip(program.placeholders, program.bindings, strict=True)
+    specs = [node_spec(node) for node, binding in bound if isinstance(binding, kind)]
+    return sum(spec.numel * spec.dtype.itemsize for spec in specs if isinstance(spec, TensorSpec))
+
+
+def _key(program: Program) -> PlanKey:
+    digest = hashlib.sha256(repr(structure(program.graph)).encode()).hexdigest()
+    bound = zip(program.placeholders, program.bindings, strict=True)
+    inputs = [node_spec(node) for node, binding in bound if isinstance(binding, Input)]
+    signature = "; ".join(f"{spec.shape} {spec.dtype}" for spec in inputs)
+    return PlanKey(digest, signature, torch.__version__, package_version())
+
+
+def package_version() -> str:
+    try:
+        return version("fmecompile")
+    except PackageNotFoundError:
+        return "0+source"

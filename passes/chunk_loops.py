@@ -21,6 +21,7 @@ from fmecompile.graph import edit
 from fmecompile.graph.group import Group
 from fmecompile.graph.program import Program
 from fmecompile.graph.specs import node_spec
+from fmecompile.graph.structure import structure
 from fmecompile.runtime.chunk_loop import ChunkLoop
 
 
@@ -67,24 +68,3 @@ def intern(bodies: dict[Any, fx.GraphModule], graph: fx.Graph) -> fx.GraphModule
     if key not in bodies:
         bodies[key] = fx.GraphModule(torch.nn.Module(), graph, class_name="ChunkBody")
     return bodies[key]
-
-
-def structure(graph: fx.Graph) -> Any:
-    """Calls, literals, specs of inputs and wiring of a graph, without names."""
-    index = {node: i for i, node in enumerate(graph.nodes)}
-
-    def key(value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            return ("%", index[value])
-        if isinstance(value, (tuple, list)):
-            return tuple(key(item) for item in value)
-        if isinstance(value, dict):
-            return tuple((name, key(item)) for name, item in value.items())
-        return (type(value), value)
-
-    return tuple(
-        (node.op, None if node.op == "placeholder" else node.target, key(node.args), key(node.kwargs), node_spec(node))
-        if node.op != "placeholder"
-        else (node.op, node_spec(node))
-        for node in graph.nodes
-    )

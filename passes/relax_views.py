@@ -3,7 +3,7 @@
     before  v = view(x, [28, -1, 5, 64]);  a, b = chunk(y, 2, -1)
     after   v = reshape(x, [28, 9216, 5, 64]);  a = slice(y, -1, 0, 1280);  b = slice(y, -1, 1280, 2560)
 
-``reshape`` is ``view`` wherever a view is possible. Splitting operators become slices, one result each, so that every
+``reshape`` is ``view`` wherever a view is possible; ``repeat_interleave`` loses its redundant output size. Splitting operators become slices, one result each, so that every
 value of the graph is one tensor.
 """
 
@@ -37,6 +37,8 @@ class RelaxViews:
             if node.target in _VIEWS and isinstance(spec, TensorSpec):
                 edit.retarget(node, aten.reshape.default, (node.args[0], list(spec.shape)), {})
                 views += 1
+            elif node.target is aten.repeat_interleave.self_int and node.kwargs:
+                edit.retarget(node, aten.repeat_interleave.self_int, node.args, {})
             elif node.target in _SPLITS:
                 splits += _split_to_slices(node, facts)
             elif node.target is aten.unbind.int:

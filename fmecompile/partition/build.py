@@ -149,7 +149,7 @@ class Builder:
         """The operators of the group on slices of ``rows`` rows."""
         graph = fx.Graph()
         held: dict[Reading, fx.Node] = {}
-        places = [graph.placeholder(f"{r.node.name}_part" if r.cut else r.node.name) for r in readings]
+        places = [graph.placeholder(_operand_name(k, r)) for k, r in enumerate(readings)]
         for place, reading in zip(places, readings, strict=True):
             held[reading] = self._placed(graph, place, reading, loop, rows)
         env: dict[fx.Node, fx.Node] = {}
@@ -254,3 +254,8 @@ class Builder:
         return tensor_spec(over).numel == tensor_spec(root).numel and can_overlay(
             tensor_spec(node), self.axes[node].axes, tensor_spec(root), self.axes[root].axes, loop.nest, self.region.sizes
         )
+
+
+def _operand_name(index: int, reading: Reading) -> str:
+    """Bodies are shared by groups of equal structure, so operands are named by place and role."""
+    return f"part_{index}" if reading.cut else f"whole_{index}"

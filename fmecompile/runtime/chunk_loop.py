@@ -83,6 +83,7 @@ class LoopSpec:
 
 
 Span = tuple[tuple[int, int, int], ...]
+Trips = tuple[tuple[bool, tuple[Span, ...], tuple[Span, ...]], ...]
 
 
 class ChunkLoop(nn.Module):
@@ -94,9 +95,9 @@ class ChunkLoop(nn.Module):
         self.body = body
         self.tail = tail
         self._sliced = tuple((i, cut) for i, cut in enumerate(spec.cuts) if cut is not None)
-        self._trips = tuple(self._plan_trips())
+        self._trips = self._plan_trips()
 
-    def _plan_trips(self) -> list[tuple[bool, tuple[Span, ...], tuple[Span, ...]]]:
+    def _plan_trips(self) -> Trips:
         *outer, inner = self.spec.axes
         trips = []
         for place in product(*(range(axis.size) for axis in outer), range(0, inner.size, inner.chunk)):
@@ -104,14 +105,23 @@ class ChunkLoop(nn.Module):
             reads = tuple(cut.spans(place, rows) for _, cut in self._sliced)
             writes = tuple(output.cut.spans(place, rows) for output in self.spec.outputs)
             trips.append((rows == inner.chunk, reads, writes))
-        return trips
+        return tuple(trips)
+
+    @property
+    def distinct_trips(self) -> Trips:
+        """One trip of each shape: the first full chunk, and the tail where there is one."""
+        return tuple({trip[0]: trip for trip in reversed(self._trips)}.values())
 
     def forward(self, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.run(operands, self._trips)
+
+    def run(self, operands: Sequence[torch.Tensor], trips: Trips) -> tuple[torch.Tensor, ...]:
+        """Run ``trips`` and return the outputs."""
         outputs = tuple(_place(output, operands) for output in self.spec.outputs)
         readable = [(i, _viewed(operands[i], cut)) for i, cut in self._sliced]
         writable = [_viewed(tensor, output.cut) for tensor, output in zip(outputs, self.spec.outputs, strict=True)]
         pieces = list(operands)
-        for is_full, reads, writes in self._trips:
+        for is_full, reads, writes in trips:
             for (i, tensor), span in zip(readable, reads, strict=True):
                 pieces[i] = _narrowed(tensor, span)
             body = self.body if is_full else self.tail

@@ -63,12 +63,18 @@ class StorageMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(leaf, torch.Tensor):
-                self._watch(leaf, rounded_bytes(leaf.untyped_storage().nbytes()))
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self._alive:
+                self._watch(leaf, 0 if _is_alias(leaf, args) else rounded_bytes(leaf.untyped_storage().nbytes()))
         self.peak_bytes = max(self.peak_bytes, self.current_bytes)
         if self.timeline is not None:
             self.timeline.append(self.current_bytes)
         return result
+
+
+def _is_alias(result: torch.Tensor, args: Any) -> bool:
+    """Whether ``result`` is a view of a tensor that existed before: then its storage is not new."""
+    key = result.untyped_storage()._cdata
+    return any(isinstance(t, torch.Tensor) and t.untyped_storage()._cdata == key for t in tree_leaves(args))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,42 @@
+"""What was done to a module and why, and what was refused and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fmecompile.capture.example import Example
+from fmecompile.graph.plan import Plan
+
+
+@dataclass(frozen=True)
+class Record:
+    """One compiled signature of a module: its plan, the call it was made for, and what every stage said."""
+
+    plan: Plan
+    example: Example
+    notes: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Printed, it tells a person; its fields tell a program. ``refused`` are captures that failed, as text."""
+
+    module: str
+    records: tuple[Record, ...]
+    refused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.module}: {len(self.records)} compiled signatures, {len(self.refused)} refused"]
+        for record in self.records:
+            lines += ["", f"inputs {record.plan.key.signature}", record.plan.summary()]
+            lines += [f"  why: {g.modules[0] if g.modules else g.first}: {g.because}" for g in record.plan.groups[:3]]
+            held = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in record.plan.owners[:5])
+            lines.append(f"  at the peak: {held}")
+            for barrier in record.plan.barriers:
+                lines.append(f"  barrier: {barrier.operator} x{barrier.count}: {barrier.reason} (at {barrier.where})")
+            lines += [f"  {name}: {note}" for name, note in record.notes]
+        lines += ["", *(f"refused: {text}" for text in self.refused)] if self.refused else []
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return str(self)

@@ -1,0 +1,171 @@
+"""The plan: every decision of one compilation, frozen, readable, saved as JSON and replayed without a search.
+
+Three words for bytes: *allowed* (what the search was given) >= *projected* (what the plan says) >= *measured*.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fmecompile.errors import PlanMismatch
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PlannedAxis:
+    """A loop axis: the atom found at part ``part`` of dimension ``dim`` of the value ``node``; ``size`` rows handled
+    ``chunk`` at a time."""
+
+    node: str
+    dim: int
+    part: int
+    size: int
+    chunk: int
+
+    @property
+    def trips(self) -> int:
+        return -(-self.size // self.chunk)
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """One run of operators executed as one chunk loop."""
+
+    first: str
+    last: str
+    axes: tuple[PlannedAxis, ...]
+    modules: tuple[str, ...]
+    operators: tuple[str, ...]
+    peak_bytes: int
+    whole_bytes: int
+    taken_over: int
+    because: str
+
+    @property
+    def trips(self) -> int:
+        """Chunk count: how often the body runs."""
+        count = 1
+        for axis in self.axes:
+            count *= axis.trips
+        return count
+
+
+@dataclass(frozen=True)
+class PlanKey:
+    """What a plan belongs to: the normalised graph (model, shapes, dtypes) and the versions that made it."""
+
+    graph: str
+    signature: str
+    torch: str
+    fmecompile: str
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """Why an operator cannot be sliced: ``count`` operators ``operator`` give ``reason``; ``where`` is one of them."""
+
+    operator: str
+    reason: str
+    count: int
+    where: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions for one module and one input signature. Byte counts are activations: weights and inputs apart.
+
+    ``eager_peak_bytes`` is what the unmodified module holds (0 when it was not asked for), ``allowed_bytes`` the limit
+    of the search, ``projected_peak_bytes`` what the compiled program holds at most, ``floor_bytes`` the least peak that
+    was found at any number of trips.
+    """
+
+    key: PlanKey
+    groups: tuple[PlannedGroup, ...]
+    projected_peak_bytes: int
+    allowed_bytes: int
+    floor_bytes: int
+    eager_peak_bytes: int
+    weight_bytes: int
+    input_bytes: int
+    owners: tuple[tuple[str, int], ...]
+    timeline: tuple[int, ...]
+    eager_timeline: tuple[int, ...]
+    barriers: tuple[Barrier, ...]
+
+    @property
+    def trips(self) -> int:
+        """Chunk trips of one call of the whole program."""
+        return sum(group.trips for group in self.groups)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Raises PlanMismatch when ``text`` is not a plan of this format."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanMismatch(f"not a plan: {error}", next_step="save it with plan.save(path)") from error
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise PlanMismatch(f"not a plan of format {FORMAT}", next_step="make it again with fmecompile.plan")
+        if {f.name for f in fields(cls)} != set(data):
+            raise PlanMismatch("the plan lacks fields or has unknown ones", next_step="make it again")
+        return cls(**data | _typed(data))
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def summary(self) -> str:
+        """One paragraph a person can read, then a line a group."""
+        gib = 2**30
+        eager = f"{self.eager_peak_bytes / gib:.3f} GiB eager, " if self.eager_peak_bytes else ""
+        lines = [
+            f"activations: {eager}{self.projected_peak_bytes / gib:.3f} GiB projected "
+            f"({self.allowed_bytes / gib:.3f} allowed, floor {self.floor_bytes / gib:.3f}); "
+            f"weights {self.weight_bytes / gib:.3f} GiB, inputs {self.input_bytes / gib:.3f} GiB",
+            f"{len(self.groups)} groups, {self.trips} chunk trips",
+        ]
+        for group in self.groups:
+            nest = " x ".join(f"{axis.size}/{axis.chunk}" for axis in group.axes)
+            lines.append(
+                f"  {group.trips:>4} trips over {nest:<14} {len(group.operators):>3} operators  "
+                f"{group.whole_bytes / gib:.3f} -> {group.peak_bytes / gib:.3f} GiB  {', '.join(group.modules)}"
+            )
+        return "\n".join(lines)
+
+    def to_html(self, path: str | Path) -> None:
+        """Write a self-contained page with both memory timelines."""
+        from fmecompile.report import write_plan
+
+        write_plan(self, Path(path))
+
+
+def _typed(data: dict[str, Any]) -> dict[str, Any]:
+    groups = tuple(
+        PlannedGroup(
+            **group
+            | {
+                "axes": tuple(PlannedAxis(**axis) for axis in group["axes"]),
+                "modules": tuple(group["modules"]),
+                "operators": tuple(group["operators"]),
+            }
+        )
+        for group in data["groups"]
+    )
+    return {
+        "key": PlanKey(**data["key"]),
+        "groups": groups,
+        "owners": tuple((name, size) for name, size in data["owners"]),
+        "timeline": tuple(data["timeline"]),
+        "eager_timeline": tuple(data["eager_timeline"]),
+        "barriers": tuple(Barrier(**barrier) for barrier in data["barriers"]),
+    }

@@ -1,0 +1,89 @@
+"""Between groups and plans: describe what was chosen, and build again what a saved plan says."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import fx
+
+from fmecompile.graph.group import Group
+from fmecompile.graph.invariants import module_path
+from fmecompile.graph.plan import Plan, PlanKey, PlannedAxis, PlannedGroup
+from fmecompile.partition.candidates import Candidate, Nest
+from fmecompile.partition.partition import Answer, Chosen, Partitioner
+from fmecompile.partition.search import Choice
+
+
+def describe(partitioner: Partitioner, answer: Answer) -> tuple[PlannedGroup, ...]:
+    """The groups of an answer in words and names."""
+    return tuple(_described(partitioner, chosen, answer.allowed_bytes) for chosen in answer.chosen)
+
+
+def _described(partitioner: Partitioner, chosen: Chosen, allowed_bytes: int) -> PlannedGroup:
+    group, candidate = chosen.group, chosen.choice.candidate
+    nodes = partitioner.region.nodes[candidate.start : candidate.stop]
+    axes = tuple(
+        _anchored(partitioner, group, atom, axis.size, axis.chunk)
+        for atom, axis in zip(candidate.nest, group.spec.axes, strict=True)
+    )
+    return PlannedGroup(
+        first=nodes[0].name,
+        last=nodes[-1].name,
+        axes=axes,
+        modules=_modules(group.inside),
+        operators=tuple(str(node.target) if not callable(node.target) else _name(node) for node in group.inside),
+        peak_bytes=chosen.peak_bytes,
+        whole_bytes=chosen.whole_bytes,
+        taken_over=sum(output.takes is not None for output in group.spec.outputs),
+        because=f"run whole it would hold {chosen.whole_bytes / 2**20:.0f} MiB where {allowed_bytes / 2**20:.0f} "
+        f"MiB are allowed; {chosen.choice.trips} trips are the fewest that fit",
+    )
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _anchored(partitioner: Partitioner, group: Group, atom: int, size: int, chunk: int) -> PlannedAxis:
+    """Name an atom by a place where it occurs."""
+    for node in group.inside:
+        for dim, axis in enumerate(partitioner.axes[node].axes):
+            if atom in axis:
+                return PlannedAxis(node.name, dim, axis.index(atom), size, chunk)
+    raise AssertionError("a loop axis occurs in its group")
+
+
+def _modules(nodes: Sequence[fx.Node]) -> tuple[str, ...]:
+    """The module paths a group spans, each at the depth where most operators agree."""
+    paths = [path for node in nodes if (path := module_path(node))]
+    if not paths:
+        return ()
+    common = os.path.commonprefix([path.split(".") for path in paths])
+    if common:
+        return (".".join(common),)
+    heads = Counter(".".join(path.split(".")[:3]) for path in paths)
+    return tuple(heads)
+
+
+def replay(partitioner: Partitioner, key: PlanKey, saved: Sequence[Plan]) -> Answer | None:
+    """Build the groups of the saved plan with this key, without a search; None when there is none."""
+    plan = next((plan for plan in saved if plan.key == key), None)
+    if plan is None:
+        return None
+    position = {node.name: at for at, node in enumerate(partitioner.region.nodes)}
+    chosen = tuple(_rebuilt(partitioner, planned, position) for planned in plan.groups)
+    return Answer(chosen, plan.floor_bytes, plan.allowed_bytes)
+
+
+def _rebuilt(partitioner: Partitioner, planned: PlannedGroup, position: dict[str, int]) -> Chosen:
+    start, stop = position[planned.first], position[planned.last] + 1
+    nodes = partitioner.region.nodes
+    nest: Nest = tuple(partitioner.axes[nodes[position[a.node]]].axes[a.dim][a.part] for a in planned.axes)
+    chunk = planned.axes[-1].chunk
+    group = partitioner.builder.build(start, stop, nest, chunk)
+    candidate = Candidate(start, stop, nest, planned.peak_bytes, (), size=planned.axes[-1].size)
+    peak = partitioner.peak_bytes(start, group)
+    candidate.known[chunk] = peak
+    return Chosen(group, Choice(candidate, chunk, planned.trips), peak, planned.whole_bytes)

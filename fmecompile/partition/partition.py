@@ -1,0 +1,108 @@
+"""The partition: which runs of operators become chunk loops, over which axes, in how many trips.
+
+Search by estimates, build what was chosen, measure it exactly, and search again where the estimate was wrong; so what
+is returned holds what it says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fmecompile.analysis.axes import GraphAxes, propagate
+from fmecompile.analysis.facts import FactTable
+from fmecompile.analysis.storages import Storages, storages
+from fmecompile.graph.group import Group
+from fmecompile.graph.invariants import module_path
+from fmecompile.graph.plan import Barrier
+from fmecompile.graph.program import Program, compute_nodes
+from fmecompile.partition.build import Builder
+from fmecompile.partition.candidates import Candidate, candidates, plain
+from fmecompile.partition.region import Region, region
+from fmecompile.partition.search import KNEE, Choice, cheapest, least_limit
+
+MAX_ROUNDS = 12
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One group of the answer: the built group, its peak, and what the same operators hold when run whole."""
+
+    group: Group
+    choice: Choice
+    peak_bytes: int
+    whole_bytes: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Groups in execution order, the least peak that was found, and the limit the groups were chosen under."""
+
+    chosen: tuple[Chosen, ...]
+    floor_bytes: int
+    allowed_bytes: int
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return tuple(c.group for c in self.chosen)
+
+
+class Partitioner:
+    """One graph, ready to be partitioned: axes, storages, and the builder of groups."""
+
+    def __init__(self, program: Program, facts: FactTable) -> None:
+        nodes = compute_nodes(program.graph)
+        self.axes: GraphAxes = propagate(program.graph)
+        self.storages: Storages = storages(nodes, program.outputs, facts)
+        self.region: Region = region(self.storages, self.axes)
+        self.builder = Builder(self.region, self.storages, self.axes, facts)
+
+    def search(self) -> Answer:
+        """The default plan: the fewest trips among plans near the least peak (the knee)."""
+        stops = self.region.boundaries[1:]
+        if not self.region.nodes:
+            return Answer((), 0, 0)
+        table = self._candidates()
+        for _ in range(MAX_ROUNDS):
+            floor = least_limit(table, stops)
+            allowed = floor * KNEE
+            plan = cheapest(table, stops, allowed)
+            assert plan is not None
+            if all(self._exact(choice) <= allowed for choice in plan if choice.trips):
+                break
+        return Answer(tuple(self._chosen(c) for c in plan if c.trips), int(floor), int(allowed))
+
+    def barriers(self) -> tuple[Barrier, ...]:
+        """Operators that no axis of a large result can be sliced through, with the reason."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for node, reason in self.axes.barriers.items():
+            found.setdefault((str(node.target), reason), []).append(module_path(node) or node.name)
+        return tuple(Barrier(op, reason, len(at), at[0]) for (op, reason), at in found.items())
+
+    def _candidates(self) -> dict[int, list[Candidate]]:
+        found: dict[int, list[Candidate]] = {}
+        boundaries = self.region.boundaries
+        for start, stop in zip(boundaries, boundaries[1:], strict=False):
+            found.setdefault(stop, []).append(plain(self.region, start, stop))
+        for start in boundaries[:-1]:
+            for candidate in candidates(self.region, self.axes, start):
+                found.setdefault(candidate.stop, []).append(candidate)
+        return found
+
+    def _exact(self, choice: Choice) -> int:
+        """The peak of a choice by building and pricing it; the search is told."""
+        candidate = choice.candidate
+        group = self.builder.build(candidate.start, candidate.stop, candidate.nest, choice.chunk)
+        peak = self.peak_bytes(candidate.start, group)
+        candidate.known[choice.chunk] = peak
+        return peak
+
+    def peak_bytes(self, start: int, group: Group) -> int:
+        return self.region.live[start] + group.hoisted_bytes + group.output_bytes + group.body_bytes
+
+    def _chosen(self, choice: Choice) -> Chosen:
+        candidate = choice.candidate
+        group = self.builder.build(candidate.start, candidate.stop, candidate.nest, choice.chunk)
+        whole = plain(self.region, candidate.start, candidate.stop).base_bytes
+        return Chosen(group, choice, choice.peak_bytes, whole)
+
+

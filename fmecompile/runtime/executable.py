@@ -1,0 +1,71 @@
+"""A compiled program bound to a live module."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from fmecompile.runtime.signature import fake_mode_of
+
+Slot = tuple[str, Any]
+"""Where an operand comes from: ``("weight", name)``, ``("input", leaf)`` or ``("constant", index)``."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a backend returns: the rewritten graph, its operands' sources, and the graph of constants."""
+
+    graph_module: fx.GraphModule
+    slots: tuple[Slot, ...]
+    constants: fx.GraphModule | None
+    literals: tuple[torch.Tensor, ...]
+    out_spec: TreeSpec
+
+
+class Executable:
+    """Runs one compiled program on the weights the module has at the moment of the call."""
+
+    def __init__(self, compiled: Compiled, module: nn.Module) -> None:
+        self._compiled = compiled
+        self._forward: Callable[..., Any] = compiled.graph_module.forward
+        self._sources = [_source(slot, module) for slot in compiled.slots]
+        self._constants: dict[Any, tuple[torch.Tensor, ...]] = {}
+
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        """Run on the flattened arguments of a call; the result has the structure the module returned at capture."""
+        mode = fake_mode_of(list(leaves))
+        held = {"input": leaves, "constant": self._constants_in(mode)}
+        operands = [held[kind][key] if kind in held else table[key] for kind, table, key in self._sources]
+        with mode if mode is not None else nullcontext():
+            return tree_unflatten(list(self._forward(*operands)), self._compiled.out_spec)
+
+    def _constants_in(self, mode: Any) -> tuple[torch.Tensor, ...]:
+        """Constants are computed on first use, once for real tensors and once for each fake mode."""
+        graph = self._compiled.constants
+        if graph is None:
+            return ()
+        key = None if mode is None else weakref.ref(mode)
+        if key not in self._constants:
+            literals = self._compiled.literals
+            if mode is not None:
+                literals = tuple(mode.from_tensor(t) for t in literals)
+            with mode if mode is not None else nullcontext(), torch.no_grad():
+                self._constants[key] = graph(*literals)
+        return self._constants[key]
+
+
+def _source(slot: Slot, module: nn.Module) -> tuple[str, Any, Any]:
+    kind, key = slot
+    if kind != "weight":
+        return (kind, None, key)
+    path, _, name = key.rpartition(".")
+    owner = module.get_submodule(path)
+    table = owner._parameters if name in owner._parameters else owner._buffers
+    return (kind, table, name)
