@@ -31,7 +31,7 @@ help: ## list the targets
 
 clean: ## remove build outputs and caches; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache demo.html demo.json
-	find fmecompile passes tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("fmecompile needs Python 3.11 or newer; next: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'

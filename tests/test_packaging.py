@@ -76,11 +76,22 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The wheel and the sdist, each built from the tree, with the setuptools of this environment."""
+    """The wheel and the sdist, each built straight from the tree."""
     out = tmp_path_factory.mktemp("dist")
-    python("-m", "build", "--no-isolation", "--wheel", "--sdist", "--outdir", str(out), str(tree), cwd=out)
-    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
-    return {"wheel": wheel, "sdist": sdist}
+    return {"wheel": build("wheel", tree, out), "sdist": build("sdist", tree, out)}
+
+
+def build(kind: str, tree: Path, out: Path) -> Path:
+    """The wheel or sdist of ``tree``, made with the setuptools of this environment."""
+    python("-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(out), str(tree), cwd=out)
+    (archive,) = out.glob("*.whl" if kind == "wheel" else "*.tar.gz")
+    return archive
+
+
+def shipped(wheel: Path) -> set[Path]:
+    """The files of a wheel, less its metadata."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {Path(name) for name in archive.namelist() if ".dist-info/" not in name}
 
 
 def install(archive: Path, target: Path) -> Path:
@@ -107,9 +118,15 @@ def test_the_symlink_is_relative() -> None:
 
 
 def test_the_wheel_holds_every_file_of_the_package(tree: Path, built: dict[str, Path]) -> None:
-    with zipfile.ZipFile(built["wheel"]) as wheel:
-        shipped = {Path(name) for name in wheel.namelist() if ".dist-info/" not in name}
-    assert shipped == files_on_disk(tree), "next: change `package-data` in pyproject.toml"
+    assert shipped(built["wheel"]) == files_on_disk(tree), "next: change `package-data` in pyproject.toml"
+
+
+def test_the_wheel_is_the_same_without_the_symlink(tree: Path, tmp_path: Path) -> None:
+    """Zip downloads and checkouts without symlinks build too: the package map finds passes/, not the link."""
+    plain = tmp_path / "plain"
+    shutil.copytree(tree, plain, symlinks=True, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    (plain / "fmecompile" / "passes").unlink()
+    assert shipped(build("wheel", plain, tmp_path)) == files_on_disk(tree)
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
