@@ -13,14 +13,14 @@ from rich.console import Console
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fmecompile.backends.eager import eager_compiler
 from fmecompile.capture.example import Example, eager_measurement
 from fmecompile.capture.families import SCALAR_INPUTS
 from fmecompile.errors import OptionError, TargetError
-from fmecompile.explain import Explanation, Record
+from fmecompile.explain import Explanation
 from fmecompile.graph.plan import Plan
 from fmecompile.pipeline import Compilation, Observe, compile_module, finish
 from fmecompile.runtime.dispatch import Dispatcher
-from fmecompile.runtime.executable import Executable
 
 Target = TypeVar("Target", bound=nn.Module)
 
@@ -56,19 +56,7 @@ def optimize(
     if plan is not None and not isinstance(plan, Plan):
         raise OptionError(f"plan is a {type(plan).__name__}", next_step="pass fmecompile.Plan.load(path)")
     restore(target)
-    saved = () if plan is None else (plan,)
-
-    def compiler(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Executable, Record]:
-        example, notes = Example.of(args, kwargs), []
-        with _progress(type(module).__name__) as shown:
-
-            def observe(name: str, compilation: Compilation) -> None:
-                notes.append(compilation.notes[-1])
-                shown(name)
-
-            compiled, made = compile_module(module, args, kwargs, saved=saved, observe=observe)
-        return Executable(compiled, module), Record(made, example, tuple(notes))
-
+    compiler = eager_compiler(() if plan is None else (plan,), _progress)
     dispatcher = Dispatcher(target, target.forward, compiler, strict=strict, scalars=SCALAR_INPUTS)
     dispatcher.patch()
     _dispatchers[target] = dispatcher

@@ -4,17 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fmecompile.capture.example import Example
-from fmecompile.graph.plan import Plan
-
-
-@dataclass(frozen=True)
-class Record:
-    """One compiled signature of a module: its plan, the call it was made for, and what every stage said."""
-
-    plan: Plan
-    example: Example
-    notes: tuple[tuple[str, str], ...]
+from fmecompile.pipeline import Record
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import fx, nn
 from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.memory import Projection, project
 from fmecompile.analysis.verify import measured_peak_bytes
+from fmecompile.capture.example import Example
 from fmecompile.capture.export import capture
 from fmecompile.graph import edit
 from fmecompile.graph.group import Group
@@ -66,6 +67,15 @@ class Compilation:
 
 
 Observe = Callable[[str, Compilation], None]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One compiled signature of a module: its plan, the call it was made for, and what every stage said."""
+
+    plan: Plan
+    example: Example
+    notes: tuple[tuple[str, str], ...]
 
 
 def compile_module(

@@ -19,14 +19,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From top to bottom, by the first name under fmecompile. A module imports from its own layer and from lower ones.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "__main__", "api", "cli", "demo", "report"),
+    ("__init__", "__main__", "api", "cli", "demo"),
     ("explain",),
-    ("pipeline",),
     ("backends",),
+    ("pipeline",),
     ("passes", "partition"),
     ("analysis",),
     ("operators", "capture"),
     ("graph",),
+    ("report",),
     ("runtime",),
     ("errors", "config"),
 )

@@ -37,7 +37,13 @@ def bmm(call: Call, x: Operand, y: Operand) -> Result:
 
 @axis_rule(
     aten.matmul.default,
-    samples=((tensor(4, 3, 5), tensor(4, 5, 6)), (tensor(2, 4, 3, 5), tensor(5, 6)), (tensor(4, 3, 5), tensor(1, 5, 6))),
+    samples=(
+        (tensor(4, 3, 5), tensor(4, 5, 6)),
+        (tensor(2, 4, 3, 5), tensor(5, 6)),
+        (tensor(4, 3, 5), tensor(1, 5, 6)),
+        (tensor(3, 5), tensor(4, 5, 6)),
+        (tensor(5), tensor(4, 5, 6)),
+    ),
 )
 def matmul(call: Call, x: Operand, y: Operand) -> Result:
     """(*, M, K), (*, K, N) -> (*, M, N). Keeps * and M; y stays whole in its last two."""
@@ -48,7 +54,14 @@ def matmul(call: Call, x: Operand, y: Operand) -> Result:
     return call.result([*axes, x.axes[-2], None], "the right operand of a matrix product stays whole")
 
 
-@axis_rule(aten.addmm.default, samples=((tensor(6), tensor(4, 5), tensor(5, 6)),))
+@axis_rule(
+    aten.addmm.default,
+    samples=(
+        (tensor(6), tensor(4, 5), tensor(5, 6)),
+        (tensor(1, 6), tensor(4, 5), tensor(5, 6)),
+        (tensor(4, 6), tensor(4, 5), tensor(5, 6)),
+    ),
+)
 def addmm(call: Call, bias: Operand, x: Operand, y: Operand, **_: Any) -> Result:
     """(N), (M, K), (K, N) -> (M, N). Keeps M."""
     del y
@@ -77,6 +90,10 @@ def _leading(operand: Operand) -> Operand:
         (tensor(4, 2, 6, 8), tensor(4, 2, 5, 8), tensor(4, 2, 5, 8)),
         (tensor(4, 2, 6, 8), tensor(4, 2, 6, 8), tensor(4, 2, 6, 8), tensor(4, 1, 6, 6)),
         (tensor(3, 6, 8), tensor(3, 6, 8), tensor(3, 6, 8), None, 0.0, True),
+        (tensor(4, 2, 6, 8), tensor(1, 2, 5, 8), tensor(1, 2, 5, 8), tensor(6, 5)),
+        (tensor(4, 2, 6, 8), tensor(4, 2, 5, 8), tensor(4, 2, 5, 8), tensor(2, 6, 5)),
+        (tensor(4, 2, 6, 8), tensor(4, 2, 5, 8), tensor(4, 2, 5, 8), tensor(4, 1, 1, 5, dtype=torch.bool)),
+        (tensor(4, 4, 6, 8), tensor(4, 2, 6, 8), tensor(4, 2, 6, 8), {"enable_gqa": True}),
     ),
 )
 def attention(
@@ -142,6 +159,8 @@ axis_rule(
     samples=(
         (tensor(4, 3, 6, 5), tensor(5, 3, 3, 3), tensor(5), [1, 1], [1, 1]),
         (tensor(4, 3, 6, 5), tensor(5, 3, 1, 1), tensor(5)),
+        (tensor(4, 3, 6, 5), tensor(5, 3, 1, 1), tensor(5), [1, 1], [1, 0]),
+        (tensor(3, 6, 5), tensor(5, 3, 3, 3)),
         (tensor(4, 4, 6, 4), tensor(4, 2, 1, 3), None, [1, 2], [0, 1], [1, 1], 2),
     ),
 )(convolution)

@@ -56,7 +56,12 @@ def softmax(call: Call, x: Operand, dim: int, *_: Any, **__: Any) -> Result:
     return call.result([None if d == dim else axis for d, axis in enumerate(x.axes)], "softmax sums over it")
 
 
-@axis_rule(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, samples=((tensor(4, 6, 5), [1]), (tensor(4, 6, 5), [-1, 0], True)))
+@axis_rule(
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+    aten.amax.default,
+    samples=((tensor(4, 6, 5), [1]), (tensor(4, 6, 5), [-1, 0], True), (tensor(4, 6, 5), [])),
+)
 def reduce(call: Call, x: Operand, dims: Sequence[int] | None = None, keepdim: bool = False, **_: Any) -> Result:
     """Reduces ``dims``; keeps the rest."""
     gone = {d % x.ndim for d in dims} if dims else set(range(x.ndim))

@@ -38,6 +38,7 @@ def pointwise_rule(call: Call, *_: Any, **__: Any) -> Result:
 
 _ONE = ((tensor(4, 6, 5),),)
 _TWO = ((tensor(4, 6, 5), tensor(4, 6, 5)), (tensor(4, 6, 5), tensor(6, 1)), (tensor(4, 6, 5), 2.0))
+_OUTER = ((tensor(4, 1), tensor(1, 6)), (tensor(5), tensor(4, 1, 1)))
 _SCALAR = ((tensor(4, 6, 5), 2.0),)
 
 
@@ -72,7 +73,7 @@ pointwise(
     aten.ones_like.default,
 )
 pointwise(aten.alias.default, aten.detach.default)
-pointwise(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, samples=_TWO)
+pointwise(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, samples=_TWO + _OUTER)
 pointwise(aten.maximum.default, aten.minimum.default, samples=_TWO[:2])
 pointwise(
     aten.add.Scalar,
@@ -90,15 +91,21 @@ pointwise(
     aten.lt.Scalar, aten.gt.Scalar, aten.le.Scalar, aten.ge.Scalar, aten.eq.Scalar, aten.ne.Scalar, samples=_SCALAR
 )
 pointwise(aten.lt.Tensor, aten.gt.Tensor, aten.le.Tensor, aten.ge.Tensor, aten.eq.Tensor, samples=_TWO[:2])
-pointwise(aten.to.dtype, aten._to_copy.default, samples=((tensor(4, 6, 5), torch.float32),))
+pointwise(aten.to.dtype, samples=((tensor(4, 6, 5), torch.float32),))
+pointwise(aten._to_copy.default, samples=((tensor(4, 6, 5), {"dtype": torch.float32}),))
 pointwise(aten.where.self, samples=((tensor(4, 6, 5, dtype=torch.bool), tensor(6, 1), tensor(4, 6, 5)),))
 pointwise(aten.addcmul.default, samples=((tensor(6, 1), tensor(4, 6, 5), tensor(6, 1)),))
-pointwise(aten.lerp.Tensor, aten.lerp.Scalar, samples=((tensor(4, 6, 5), tensor(4, 6, 5), 0.25),))
+pointwise(aten.lerp.Scalar, samples=((tensor(4, 6, 5), tensor(4, 6, 5), 0.25),))
+pointwise(aten.lerp.Tensor, samples=((tensor(4, 6, 5), tensor(4, 6, 5), tensor(6, 1)),))
 
 
 @axis_rule(
     group_norm_apply,
-    samples=((tensor(3, 8, 4, 6), tensor(2, 3, 2), tensor(8), tensor(8)), (tensor(3, 8, 5), tensor(2, 3, 4))),
+    samples=(
+        (tensor(3, 8, 4, 6), tensor(2, 3, 2), tensor(8), tensor(8)),
+        (tensor(3, 8, 5), tensor(2, 3, 4), None, None),
+        (tensor(1, 8, 5), tensor(2, 1, 4), tensor(8), None),
+    ),
 )
 def apply_rule(
     call: Call, x: Operand, statistics: Operand, weight: Operand | None = None, bias: Operand | None = None

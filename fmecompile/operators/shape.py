@@ -79,7 +79,7 @@ axis_rule(aten.squeeze.dim, samples=((tensor(4, 1, 5), 1), (tensor(4, 6), 1)))(v
 axis_rule(aten.unsqueeze.default, samples=((tensor(4, 6), 1), (tensor(4, 6), -1)))(view)
 axis_rule(
     aten.unflatten.int,
-    samples=((tensor(4, 6), 1, [2, 3]),),
+    samples=((tensor(4, 6), 1, [2, 3]), (tensor(4, 6), -1, [2, -1]), (tensor(4, 6), -2, [2, 2])),
     localise=lambda args, shape: (args[0], args[1], list(shape[args[1] : args[1] + len(args[2])])),
 )(view)
 
@@ -115,7 +115,10 @@ def _all_but(call: Call, x: Operand, dim: int, reason: str) -> Result:
     return call.result([None if d == dim else axis for d, axis in enumerate(x.axes)], reason)
 
 
-@axis_rule(aten.slice.Tensor, samples=((tensor(4, 6, 5), 1, 2, 5), (tensor(4, 6, 5), -1, 0, 9223372036854775807)))
+@axis_rule(
+    aten.slice.Tensor,
+    samples=((tensor(4, 6, 5), 1, 2, 5), (tensor(4, 6, 5), -1, 0, 9223372036854775807), (tensor(4, 6, 5), 1, 0, 6, 2)),
+)
 def slice_(call: Call, x: Operand, dim: int = 0, *_: Any) -> Result:
     """Keeps every axis but ``dim``; ``dim`` too when all of it is taken."""
     if x.shape == call.shape:
@@ -142,7 +145,11 @@ def flip(call: Call, x: Operand, dims: Sequence[int]) -> Result:
 
 @axis_rule(
     aten.cat.default,
-    samples=(([tensor(4, 3, 5), tensor(4, 2, 5)], 1), ([tensor(4, 3), tensor(4, 3)], -1), ([tensor(2, 3), tensor(4, 3)],)),
+    samples=(
+        ([tensor(4, 3, 5), tensor(4, 2, 5)], 1),
+        ([tensor(4, 3), tensor(4, 3)], -1),
+        ([tensor(2, 3), tensor(4, 3)],),
+    ),
 )
 def cat(call: Call, tensors: Sequence[Operand], dim: int = 0) -> Result:
     """Keeps every axis but ``dim``."""
@@ -188,7 +195,7 @@ def _repeats_from_result(args: tuple[Any, ...], shape: tuple[int, ...]) -> tuple
 
 @axis_rule(
     aten.repeat.default,
-    samples=((tensor(4, 6), [3, 1]), (tensor(4,), [2, 2]), (tensor(4, 6), [1, 1])),
+    samples=((tensor(4, 6), [3, 1]), (tensor(4), [2, 2]), (tensor(4, 6), [1, 1])),
     localise=_repeats_from_result,
 )
 def repeat(call: Call, x: Operand, *_: Any) -> Result:
@@ -210,7 +217,7 @@ def _interleave_from_result(args: tuple[Any, ...], shape: tuple[int, ...]) -> tu
 
 @axis_rule(
     aten.repeat_interleave.self_int,
-    samples=((tensor(4, 6), 3, 0), (tensor(4, 6), 2, -1)),
+    samples=((tensor(4, 6), 3, 0), (tensor(4, 6), 2, -1), (tensor(4, 6), 2)),
     localise=_interleave_from_result,
 )
 def repeat_interleave(call: Call, x: Operand, repeats: int, dim: int | None = None, **_: Any) -> Result:
@@ -228,16 +235,16 @@ def resample(call: Call, x: Operand, *_: Any) -> Result:
     return call.result([x.axes[0], x.axes[1], *[None] * (x.ndim - 2)], "resampling reaches over neighbours")
 
 
-axis_rule(aten.upsample_nearest2d.vec, samples=((tensor(4, 3, 6, 5), None, [2.0, 2.0]), (tensor(4, 3, 6, 5), [9, 7], None)))(
-    resample
-)
+axis_rule(
+    aten.upsample_nearest2d.vec, samples=((tensor(4, 3, 6, 5), None, [2.0, 2.0]), (tensor(4, 3, 6, 5), [9, 7], None))
+)(resample)
 axis_rule(aten.upsample_bilinear2d.vec, samples=((tensor(4, 3, 6, 5), [9, 7], False, None),))(resample)
 
 
 @axis_rule(
     aten.avg_pool2d.default,
     aten.max_pool2d.default,
-    samples=((tensor(4, 3, 6, 4), [2, 2]),),
+    samples=((tensor(4, 3, 6, 4), [2, 2]), (tensor(3, 6, 4), [3, 3], [1, 1], [1, 1])),
 )
 def pool(call: Call, x: Operand, *_: Any) -> Result:
     """(*, H, W) -> (*, H', W'). Keeps *."""
@@ -245,7 +252,9 @@ def pool(call: Call, x: Operand, *_: Any) -> Result:
     return call.result([*x.axes[:-2], None, None], "pooling reaches over neighbours")
 
 
-@axis_rule(aten.pad.default, aten.constant_pad_nd.default, samples=((tensor(4, 6, 5), [1, 2]), (tensor(4, 6, 5), [0, 0, 1, 0])))
+@axis_rule(
+    aten.pad.default, aten.constant_pad_nd.default, samples=((tensor(4, 6, 5), [1, 2]), (tensor(4, 6, 5), [0, 0, 1, 0]))
+)
 def pad(call: Call, x: Operand, amounts: Sequence[int], *_: Any) -> Result:
     """Keeps every axis that is not padded. Amounts come in pairs, the last dimension's first."""
     padded = {x.ndim - 1 - i // 2 for i, amount in enumerate(amounts) if amount}

@@ -1,0 +1,30 @@
+"""``torch.compile(module, backend="fmecompile")``: each graph that Dynamo hands over is its own program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fmecompile.backends.eager import eager_compiler
+from fmecompile.errors import OptionError
+from fmecompile.runtime.dispatch import Dispatcher
+
+
+def fmecompile_backend(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The entry point of the group ``torch_dynamo_backends``.
+
+    The graph is captured and planned at its first call, once per input signature, like a module given to ``optimize``.
+
+    Raises OptionError for an unknown option.
+    """
+    del example_inputs
+    for name in options or {}:
+        raise OptionError(f"the fmecompile backend has no option {name!r}", next_step="leave options out")
+    graph_module.training = False  # Dynamo has already decided what training mode means for its operators
+    dispatcher = Dispatcher(graph_module, graph_module.forward, eager_compiler())
+    return torch.compiler.disable(dispatcher)
