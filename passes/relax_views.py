@@ -37,8 +37,9 @@ class RelaxViews:
             if node.target in _VIEWS and isinstance(spec, TensorSpec):
                 edit.retarget(node, aten.reshape.default, (node.args[0], list(spec.shape)), {})
                 views += 1
-            elif node.target is aten.repeat_interleave.self_int and node.kwargs:
-                edit.retarget(node, aten.repeat_interleave.self_int, node.args, {})
+            elif "output_size" in node.kwargs:
+                kwargs = {name: value for name, value in node.kwargs.items() if name != "output_size"}
+                edit.retarget(node, node.target, node.args, kwargs)  # type: ignore[arg-type]
             elif node.target in _SPLITS:
                 splits += _split_to_slices(node, facts)
             elif node.target is aten.unbind.int:

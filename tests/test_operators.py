@@ -58,14 +58,6 @@ def one_thread() -> Iterator[None]:
 
 # --------------------------------------------------------------------------------- registering a rule enrols it in both
 
-KNOWN_WRONG: dict[tuple[Any, int], str] = {
-    (aten.squeeze.dim, 1): "squeeze of a dimension that is kept drops it from a one-row chunk",
-    (aten.unflatten.int, 1): "localise does not normalise a negative dimension",
-    (aten.unflatten.int, 2): "localise does not normalise a negative dimension",
-}
-"""Bugs of the compiler, by (operator, sample); an entry that passes again must go."""
-
-
 def name_of(target: Any) -> str:
     return target.__name__ if not isinstance(target, torch._ops.OpOverload) else str(target)
 
@@ -77,7 +69,6 @@ def enrolled() -> list[Any]:
             target,
             sample,
             id=f"{name_of(target)}-{k}",
-            marks=[pytest.mark.xfail(strict=True, reason=why)] if (why := KNOWN_WRONG.get((target, k))) else [],
         )
         for target, k, sample in calls
     ]
@@ -103,7 +94,6 @@ def _carried(target: Any, sample: Sample) -> frozenset[int]:
 
 # ------------------------------------------------------------------------------------- arguments by name, odd spellings
 
-BY_NAME = "the rule does not know this argument by the name the schema gives it"
 SPELLINGS: list[Any] = [
     (
         aten.scaled_dot_product_attention.default,
@@ -134,14 +124,6 @@ SPELLINGS: list[Any] = [
     (aten.pad.default, (tensor(4, 6, 5), [0, -1])),
     (aten.linear.default, (tensor(4, 5), tensor(5))),
 ]
-WRONG_SPELLINGS = {
-    0: f"{BY_NAME}: is_causal is ignored and rows are sliced, silently wrong numbers",
-    1: f"{BY_NAME}: attn_mask stays whole beside sliced rows",
-    3: f"{BY_NAME}: every dimension is taken for summed",
-    14: "relax-views drops every keyword argument of repeat_interleave, not output_size alone",
-    len(SPELLINGS) - 1: "a weight of one dimension makes the rule raise IndexError",
-}
-
 
 @pytest.mark.parametrize(
     ("target", "sample"),
@@ -149,7 +131,6 @@ WRONG_SPELLINGS = {
         pytest.param(
             *call,
             id=f"{name_of(call[0])}-{k}",
-            marks=[pytest.mark.xfail(strict=True, reason=WRONG_SPELLINGS[k])] if k in WRONG_SPELLINGS else [],
         )
         for k, call in enumerate(SPELLINGS)
     ],
@@ -255,7 +236,6 @@ def test_an_axis_that_occurs_twice_is_refused() -> None:
     assert list(loops_over(region, 0, 2)) == []
 
 
-@pytest.mark.xfail(strict=True, reason="an atom barred because it occurs twice has an empty reason")
 def test_an_axis_that_occurs_twice_has_a_reason() -> None:
     from fmecompile.analysis.axes import propagate
 
@@ -646,23 +626,16 @@ def run_compiled(function: Callable[..., Any], *args: torch.Tensor) -> tuple[Any
         return module(*args), Executable(compiled, module)(list(args)), plan.barriers
 
 
-severals = pytest.mark.xfail(
-    strict=True,
-    raises=IndexError,
-    reason="a call that returns several tensors breaks analysis/storages.py: operands[a] for a getitem",
-)
-
-
 @pytest.mark.parametrize(
     ("operator", "function"),
     [
         ("aten.cumsum.default", lambda x: torch.cumsum(F.silu(x), 1) * 2 + x),
         ("aten.var.dim", lambda x: F.silu(x).var(1) * 2),
         ("aten.roll.default", lambda x: torch.roll(x, 1, 0) + x),
-        pytest.param("aten.sort.default", lambda x: torch.sort(F.silu(x), 1)[0] * 2, marks=severals),
-        pytest.param("aten.topk.default", lambda x: torch.topk(x, 3, 1)[1] + 1, marks=severals),
-        pytest.param("aten.max.dim", lambda x: x.max(1), marks=severals),
-        pytest.param("aten.tensor_split.indices", lambda x: torch.tensor_split(x, [2, 5], 1)[1] * 2, marks=severals),
+        ("aten.sort.default", lambda x: torch.sort(F.silu(x), 1)[0] * 2),
+        ("aten.topk.default", lambda x: torch.topk(x, 3, 1)[1] + 1),
+        ("aten.max.dim", lambda x: x.max(1)),
+        ("aten.tensor_split.indices", lambda x: torch.tensor_split(x, [2, 5], 1)[1] * 2),
     ],
 )
 def test_an_operator_without_a_rule_is_a_barrier(operator: str, function: Callable[..., Any]) -> None:
@@ -679,7 +652,6 @@ def test_an_operator_without_a_rule_is_a_barrier(operator: str, function: Callab
     [lambda x: x[x > 0] * 2, lambda x: x * x.sum().item(), lambda x: x[x[:, 0].argmax()] * 2],
     ids=["nonzero", "item", "index by value"],
 )
-@pytest.mark.xfail(strict=True, reason="torch's DynamicOutputShape/DataDependentOutput exceptions leave compile_module")
 def test_shapes_that_depend_on_data_are_a_capture_error(function: Callable[..., Any]) -> None:
     """The dispatcher leaves a module eager on CaptureError, and on nothing else."""
     with pytest.raises(CaptureError):

@@ -14,7 +14,7 @@ from torch import fx
 from fmecompile.graph.atoms import AtomTable
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.operators import RULES
-from fmecompile.operators.registry import Axes, Call, Operand, Result
+from fmecompile.operators.registry import Axes, Call, Operand, Result, positional
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def propagate(graph: fx.Graph) -> GraphAxes:
                 barriers[node] = f"no axis rule for {node.target}"
             result = _opaque(table, spec)
         else:
+            args, kwargs = positional(node.target, args, kwargs)
             result = rule.rule(Call(table, operands, spec.shape), *args, **kwargs)
         raw[node] = (result, tuple(operands))
     return GraphAxes(table, {node: _resolved(table, *found) for node, found in raw.items()}, barriers)
@@ -97,7 +98,8 @@ def _resolved(table: AtomTable, result: Result, operands: tuple[Operand, ...]) -
     whole = {atom for d in result.whole for atom in axes[d]}
     twice = {atom for atom in atoms if atoms.count(atom) > 1}
     barred = frozenset(whole | twice)
-    return NodeAxes(axes, frozenset(atoms) - barred, barred, tuple(_use(table, o) for o in operands), result.reason)
+    reason = result.reason or ("one axis occurs in two dimensions" if twice else "")
+    return NodeAxes(axes, frozenset(atoms) - barred, barred, tuple(_use(table, o) for o in operands), reason)
 
 
 def _use(table: AtomTable, operand: Operand) -> Use:

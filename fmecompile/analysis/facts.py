@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from fmecompile.errors import CaptureError
 from fmecompile.graph.specs import TensorSpec, spec_of
 from fmecompile.runtime.measure import StorageMeter, rounded_bytes
 
@@ -65,7 +66,7 @@ class FactTable:
             fake_kwargs = {name: make(value) for name, value in kwargs.items()}
             meter = StorageMeter(operands)
             with meter:
-                result = target(*fake_args, **fake_kwargs)
+                result = _call(target, fake_args, fake_kwargs)
         owner = {t.untyped_storage()._cdata: i for i, t in reversed(list(enumerate(operands)))}
         tensors = [t for t in (result if isinstance(result, (tuple, list)) else [result]) if _is_tensor(t)]
         alias = tuple(owner.get(t.untyped_storage()._cdata) for t in tensors)
@@ -75,6 +76,16 @@ class FactTable:
         )
         hidden = meter.peak_bytes - sum(nbytes)
         return CallFacts(_specs(result), alias, nbytes, max(hidden, 0))
+
+
+def _call(target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    try:
+        return target(*args, **kwargs)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise CaptureError(
+            f"what {target} returns depends on the values of tensors",
+            next_step="the module stays eager; compute this value outside the module",
+        ) from error
 
 
 def _is_tensor(value: Any) -> bool:

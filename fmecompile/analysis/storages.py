@@ -75,8 +75,9 @@ def tensor_operands(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
 
     def visit(n: fx.Node) -> fx.Node:
-        if isinstance(node_spec(n), TensorSpec):
-            found.append(n)
+        spec = node_spec(n)
+        parts = spec if isinstance(spec, tuple) and not isinstance(spec, TensorSpec) else (spec,)
+        found.extend(n for part in parts if isinstance(part, TensorSpec))
         return n
 
     fx.map_arg(node.args, visit)

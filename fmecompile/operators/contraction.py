@@ -20,7 +20,7 @@ aten = torch.ops.aten
 def linear(call: Call, x: Operand, *_: Any) -> Result:
     """(*, in) -> (*, out). Keeps *, reduces in; the weight stays whole."""
     call.keep(x, range(x.ndim - 1))
-    return call.result([*x.axes[:-1], None], "linear mixes features")
+    return call.result([*x.axes[:-1], None][: len(call.shape)], "linear mixes features")
 
 
 @axis_rule(aten.bmm.default, samples=((tensor(4, 3, 5), tensor(4, 5, 6)),))

@@ -113,6 +113,19 @@ def axis_rule(*targets: Any, samples: Sequence[Sample], localise: Localise | Non
     return register
 
 
+def positional(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Spell a call as its rule expects it: arguments that may be given by position are, with defaults in the gaps."""
+    if not kwargs or not isinstance(target, torch._ops.OpOverload):
+        return args, kwargs
+    named = dict(kwargs)
+    places = [argument for argument in target._schema.arguments if not argument.kwarg_only]
+    count = max((k + 1 for k, argument in enumerate(places) if argument.name in named), default=0)
+    filled = list(args)
+    for argument in places[len(args) : count]:
+        filled.append(named.pop(argument.name, argument.default_value))
+    return tuple(filled), named
+
+
 def tensor(*shape: int, dtype: torch.dtype = torch.float64) -> TensorSpec:
     """A tensor argument of a sample."""
     return TensorSpec(shape, torch.empty(shape, device="meta").stride(), dtype, torch.device("cpu"))

@@ -21,6 +21,12 @@ def _sizes_from_result(args: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[A
     return (args[0], list(shape), *args[2:])
 
 
+def _parts_from_result(args: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
+    x, dim, parts = args[:3]
+    dim %= len(x.shape)
+    return (x, dim, list(shape[dim : dim + len(parts)]))
+
+
 def regroup(call: Call, x: Operand, shape: Sequence[int]) -> list[Axis | None]:
     """Axes of ``x`` viewed as ``shape``: matched block by block, where a block is the least run of dimensions of equal
     extent. A block whose atoms cannot be cut that way is reduced and produced whole."""
@@ -74,13 +80,20 @@ def view(call: Call, x: Operand, *_: Any) -> Result:
     return call.result(regroup(call, x, call.shape), "the new shape cuts across this axis")
 
 
+@axis_rule(aten.squeeze.dim, samples=((tensor(4, 1, 5), 1), (tensor(4, 6), 1)))
+def squeeze(call: Call, x: Operand, dim: int) -> Result:
+    """Drops ``dim`` when its size is 1; else the dimension stays, and whole, as a chunk of one row would lose it."""
+    if x.ndim == len(call.shape):
+        return _all_but(call, x, dim, "squeeze would drop it from a chunk of one row")
+    return view(call, x)
+
+
 axis_rule(aten.flatten.using_ints, samples=((tensor(4, 6, 5), 0, 1),))(view)
-axis_rule(aten.squeeze.dim, samples=((tensor(4, 1, 5), 1), (tensor(4, 6), 1)))(view)
 axis_rule(aten.unsqueeze.default, samples=((tensor(4, 6), 1), (tensor(4, 6), -1)))(view)
 axis_rule(
     aten.unflatten.int,
     samples=((tensor(4, 6), 1, [2, 3]), (tensor(4, 6), -1, [2, -1]), (tensor(4, 6), -2, [2, 2])),
-    localise=lambda args, shape: (args[0], args[1], list(shape[args[1] : args[1] + len(args[2])])),
+    localise=_parts_from_result,
 )(view)
 
 

@@ -18,6 +18,7 @@ from fmecompile.graph.group import Group
 from fmecompile.graph.program import compute_nodes
 from fmecompile.graph.specs import node_spec, specs_in, tensor_spec
 from fmecompile.operators import RULES
+from fmecompile.operators.registry import positional
 from fmecompile.partition.candidates import Nest, roles
 from fmecompile.passes.fuse_norm import fuse_norms
 from fmecompile.partition.layout import can_overlay, cut_of, local_shape, piece_spec
@@ -201,6 +202,7 @@ class Builder:
         shape = local_shape(self.axes[node].axes, loop.nest, rows, self.region.sizes)
         rule = RULES[node.target]
         if rule.localise is not None:
+            args, kwargs = positional(node.target, args, kwargs)  # type: ignore[arg-type]
             args = (args[0], *rule.localise(specs_in(args), shape)[1:])
         copy = edit.copy_into(graph, node, env, args, kwargs)  # type: ignore[arg-type]
         edit.annotate([copy], self.facts)
@@ -229,7 +231,8 @@ class Builder:
                 free = [i for i in free if self._root(readings[i].node) is not root]
             cut = cut_of(axes, loop.nest, loop.chunk, self.region.sizes)
             assert cut is not None
-            outputs.append(Output(cut, spec.shape, spec.stride, spec.dtype, takes))
+            devices = [getattr(node_spec(reading.node), "device", None) for reading in readings]
+            outputs.append(Output(cut, spec.shape, spec.stride, spec.dtype, devices.index(spec.device), takes))
         return tuple(outputs)
 
     def _root(self, node: fx.Node) -> fx.Node:

@@ -57,12 +57,14 @@ class Cut:
 
 @dataclass(frozen=True)
 class Output:
-    """One result of the loop, allocated with the strides it has outside loops, or laid over the input ``takes``."""
+    """One result of the loop, allocated beside operand ``like`` with the strides it has outside loops, or laid over the
+    operand ``takes``."""
 
     cut: Cut
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    like: int = 0
     takes: int | None = None
 
 
@@ -137,7 +139,7 @@ def _place(output: Output, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     if output.takes is not None:
         over = operands[output.takes]
         return over.as_strided(output.shape, output.stride, over.storage_offset())
-    return operands[0].new_empty_strided(output.shape, output.stride, dtype=output.dtype)
+    return operands[output.like].new_empty_strided(output.shape, output.stride, dtype=output.dtype)
 
 
 def _viewed(tensor: torch.Tensor, cut: Cut) -> torch.Tensor:

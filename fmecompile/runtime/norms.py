@@ -31,14 +31,15 @@ def group_norm_statistics(x: torch.Tensor, num_groups: int, eps: float) -> torch
 
 
 def _moments(x: torch.Tensor, pieces: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, G, C/G, *) -> mean and population variance, each (N, G), joined over ``pieces`` of the outermost dimension."""
-    along = max(range(3, x.ndim), key=lambda d: (x.stride(d), x.shape[d]), default=2)
-    parts = x.split(-(-x.shape[along] // pieces), along)
-    if len(parts) == 1:
+    """(N, G, C/G, *) -> mean and population variance, each (N, G), joined over ``pieces`` along outer dimensions."""
+    along = max(range(2, x.ndim), key=lambda d: (x.shape[d] > 1, x.stride(d), x.shape[d]))
+    if pieces == 1 or x.shape[along] == 1:
         return _centred_moments(x)
-    means, variances = (torch.stack(m) for m in zip(*map(_centred_moments, parts), strict=True))
+    parts = x.split(-(-x.shape[along] // pieces), along)
+    moments = [_moments(part, -(-pieces // len(parts))) for part in parts]
+    means, variances = (torch.stack(m) for m in zip(*moments, strict=True))
     weights = means.new_tensor([p.shape[along] / x.shape[along] for p in parts]).view(-1, 1, 1)
-    mean = (means * weights).sum(0)
+    mean = means[0] + ((means - means[0]) * weights).sum(0)
     return mean, ((variances + (means - mean).square()) * weights).sum(0)
 
 
