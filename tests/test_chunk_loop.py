@@ -303,6 +303,18 @@ def test_outputs_are_on_the_device_of_their_values() -> None:
     assert node_spec(beside).device == cuda
 
 
+@pytest.mark.xfail(
+    strict=True, raises=ValueError, reason="no operand is on the device of a result moved inside the loop"
+)
+def test_a_loop_may_move_its_operand_to_another_device() -> None:
+    """_to_copy has a rule, so a group may hold a move from the CPU to the GPU."""
+    tape = Tape()
+    x = tape.input(TensorSpec((4, 6), (6, 1), torch.float32, CPU))
+    moved = tape.call(aten._to_copy.default, x, device=torch.device("cuda:0"))
+    program = tape.program(tape.call(aten.silu.default, moved))
+    loop_of(program, Looped(0, 2, atoms_of(program, moved)[0], 2))
+
+
 def test_fake_tensors_run_through_a_loop() -> None:
     with FakeTensorMode():
         total, double = by_hand()(torch.empty(5, 3, dtype=torch.float64), torch.empty(3, dtype=torch.float64))

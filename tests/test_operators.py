@@ -58,6 +58,7 @@ def one_thread() -> Iterator[None]:
 
 # --------------------------------------------------------------------------------- registering a rule enrols it in both
 
+
 def name_of(target: Any) -> str:
     return target.__name__ if not isinstance(target, torch._ops.OpOverload) else str(target)
 
@@ -124,6 +125,7 @@ SPELLINGS: list[Any] = [
     (aten.pad.default, (tensor(4, 6, 5), [0, -1])),
     (aten.linear.default, (tensor(4, 5), tensor(5))),
 ]
+
 
 @pytest.mark.parametrize(
     ("target", "sample"),
