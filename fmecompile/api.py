@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,13 +18,12 @@ from fmecompile.capture.families import SCALAR_INPUTS
 from fmecompile.errors import OptionError, TargetError
 from fmecompile.explain import Explanation
 from fmecompile.graph.plan import Plan
+from fmecompile.graph.printing import readable
 from fmecompile.pipeline import Compilation, Observe, compile_module, finish
 from fmecompile.runtime.dispatch import Dispatcher
+from fmecompile.runtime.exclusion import EXCLUSION
 
 Target = TypeVar("Target", bound=nn.Module)
-
-_dispatchers: weakref.WeakKeyDictionary[nn.Module, Dispatcher] = weakref.WeakKeyDictionary()
-
 
 def optimize(
     target: Target,
@@ -59,14 +57,13 @@ def optimize(
     compiler = eager_compiler(() if plan is None else (plan,), _progress)
     dispatcher = Dispatcher(target, target.forward, compiler, strict=strict, scalars=SCALAR_INPUTS)
     dispatcher.patch()
-    _dispatchers[target] = dispatcher
     return target
 
 
 def restore(target: Target) -> Target:
     """Put ``target`` back exactly as it was and drop what was compiled. Does nothing to what was never optimized."""
     _require_module(target, "restore")
-    dispatcher = _dispatchers.pop(target, None)
+    dispatcher = _find(target)
     if dispatcher is not None:
         dispatcher.unpatch()
         dispatcher.forget()
@@ -75,7 +72,7 @@ def restore(target: Target) -> Target:
 
 def is_optimized(target: object) -> bool:
     """Whether ``target`` runs through fmecompile."""
-    return isinstance(target, nn.Module) and target in _dispatchers
+    return isinstance(target, nn.Module) and _find(target) is not None
 
 
 def plan(target: nn.Module, *args: Any, memory_budget: object = None, **kwargs: Any) -> Plan:
@@ -97,7 +94,7 @@ def plan(target: nn.Module, *args: Any, memory_budget: object = None, **kwargs: 
 def _compile(target: nn.Module, example: Example, observe: Observe | None = None) -> Plan:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = example.materialise(mode)
-    with mode:
+    with EXCLUSION.capture(), mode:
         return compile_module(target, args, kwargs, observe=observe)[1]
 
 
@@ -143,8 +140,7 @@ def stages(target: nn.Module) -> list[Stage]:
         graph = fx.Graph()
         graph.output(graph.graph_copy(compilation.program.graph, {}))
         module = fx.GraphModule(finish(compilation).graph_module, graph, class_name=name.replace("-", "_"))
-        code = module.print_readable(print_output=False)
-        found.append(Stage(name, code, compilation.project().peak_bytes, module))
+        found.append(Stage(name, readable(module), compilation.project().peak_bytes, module))
 
     with _as_it_was(target):
         _compile(target, next(reversed(dispatcher.records.values())).example, observe)
@@ -153,17 +149,25 @@ def stages(target: nn.Module) -> list[Stage]:
 
 def _dispatcher(target: object, door: str) -> Dispatcher:
     _require_module(target, door)
-    if target not in _dispatchers:
+    assert isinstance(target, nn.Module)
+    dispatcher = _find(target)
+    if dispatcher is None:
         raise TargetError(
             f"this {type(target).__name__} is not optimized", next_step="call fmecompile.optimize(module) first"
         )
-    return _dispatchers[target]  # type: ignore[index]
+    return dispatcher
+
+
+def _find(target: nn.Module) -> Dispatcher | None:
+    """The dispatcher that stands in for ``target.forward``; the module itself is the only register there is."""
+    forward = vars(target).get("forward")
+    return forward if isinstance(forward, Dispatcher) else None
 
 
 @contextmanager
 def _as_it_was(target: nn.Module) -> Iterator[None]:
     """The module without its dispatcher, for the time of a capture."""
-    dispatcher = _dispatchers.get(target)
+    dispatcher = _find(target)
     if dispatcher is None:
         yield
         return

@@ -6,12 +6,14 @@ This is the one place that holds run-time state of an optimized module. Nothing 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import MethodType
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fmecompile.errors import CaptureError, GradientError
+from fmecompile.runtime.exclusion import EXCLUSION
 from fmecompile.runtime.executable import Executable
 from fmecompile.runtime.fingerprint import Fingerprint
 from fmecompile.runtime.signature import Call, fake_mode_of, flatten_call
@@ -59,7 +62,7 @@ class Dispatcher:
         self._warned: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if EXCLUSION.is_capturing_here or (torch.compiler.is_compiling() and not EXCLUSION.is_capturing):
             return self.eager(*args, **kwargs)
         if self.module.training or torch.is_grad_enabled() and self._needs_gradients(args, kwargs):
             return self._pass_through(args, kwargs)
@@ -68,20 +71,29 @@ class Dispatcher:
         program = self._program(call, args, kwargs)
         if program is None:
             return self.eager(*args, **kwargs)
-        with torch.no_grad():
+        with EXCLUSION.run(), torch.no_grad():
             return program(call.leaves)
 
     def _program(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable | None:
+        """The program for ``call``, compiled when it is not there; None when the module stays eager."""
         with self._lock:
-            if self._fingerprint is None or not self._fingerprint.holds():
+            if self._is_current() and (call.key in self._programs or call.key in self.refused):
+                return self._known(call)
+        with EXCLUSION.capture(), self._lock:
+            if not self._is_current():
                 self.forget()
-            program = self._programs.get(call.key)
-            if program is not None:
-                self._programs.move_to_end(call.key)
-                return program
-            if call.key in self.refused:
-                return None
+            if call.key in self._programs or call.key in self.refused:
+                return self._known(call)
             return self._compile(call, args, kwargs)
+
+    def _is_current(self) -> bool:
+        return self._fingerprint is not None and self._fingerprint.holds()
+
+    def _known(self, call: Call) -> Executable | None:
+        program = self._programs.get(call.key)
+        if program is not None:
+            self._programs.move_to_end(call.key)
+        return program
 
     def _compile(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable | None:
         patched = vars(self.module).get("forward")
@@ -115,6 +127,20 @@ class Dispatcher:
             vars(self.module).pop("forward", None)
         else:
             vars(self.module)["forward"] = self._previous
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Dispatcher:
+        """A copied module gets a dispatcher of its own, with nothing compiled."""
+        module = memo[id(self.module)]
+        eager = copy.deepcopy(self._previous, memo) or MethodType(type(module).forward, module)
+        twin = Dispatcher(module, eager, self._compiler, strict=self.strict, scalars=frozenset(self._scalars))
+        twin._previous = None if self._previous is None else eager
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"an optimized {type(self.module).__name__} cannot be pickled: its programs belong to this process\n"
+            "  next: call fmecompile.restore(module), or save its state_dict()"
+        )
 
     def forget(self) -> None:
         """Drop every program; the next call of each signature compiles again."""
