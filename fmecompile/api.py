@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from rich.console import Console
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,6 +23,7 @@ from fmecompile.runtime.dispatch import Dispatcher
 from fmecompile.runtime.exclusion import EXCLUSION
 
 Target = TypeVar("Target", bound=nn.Module)
+
 
 def optimize(
     target: Target,
@@ -48,7 +48,9 @@ def optimize(
         OptionError: an option has a value that is not supported.
     """
     _require_module(target, "optimize")
-    _refuse(memory_budget is not None, "memory_budget", memory_budget, "leave it out: the default plan is near the floor")
+    _refuse(
+        memory_budget is not None, "memory_budget", memory_budget, "leave it out: the default plan is near the floor"
+    )
     _refuse(reuse is not None, "reuse", reuse, "leave it out: without reuse the output is the same")
     _refuse(backend != "eager", "backend", backend, "use backend='eager'")
     if plan is not None and not isinstance(plan, Plan):

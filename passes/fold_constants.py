@@ -1,7 +1,7 @@
 """fold-constants: compute what depends on no input and no weight once, not at every call.
 
-    before  i = arange(14);  e = cat([sin(i * f), cos(i * f)])     at every call
-    after   e is an input of the graph, computed by the constants graph once per device
+before  i = arange(14);  e = cat([sin(i * f), cos(i * f)])     at every call
+after   e is an input of the graph, computed by the constants graph once per device
 """
 
 from __future__ import annotations
@@ -58,5 +58,3 @@ def _constants_graph(nodes: list[fx.Node], results: list[fx.Node]) -> fx.GraphMo
         edit.copy_into(graph, node, env)
     graph.output(tuple(env[node] for node in results))
     return fx.GraphModule(torch.nn.Module(), graph)
-
-

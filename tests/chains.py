@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
-from conformance import Looped, Tape, is_valid, region_of, valid_nests
+from conformance import Looped, Tape, region_of, valid_nests
 from hypothesis import strategies as st
 from torch import fx
 
 from fmecompile.graph.program import Program
+from fmecompile.graph.specs import TensorSpec
 from fmecompile.operators.registry import tensor
 from fmecompile.partition.region import Region
 from fmecompile.runtime.norms import group_norm_apply, group_norm_statistics
 
 aten = torch.ops.aten
-Draw = Callable[..., int]
 Step = Callable[[Tape, fx.Node, st.DrawFn], fx.Node]
 MAX_NUMEL = 400
 
@@ -42,8 +42,19 @@ def factorisations(draw: st.DrawFn, numel: int, most: int = 5) -> list[int]:
     return draw(st.permutations([*sizes, numel]))
 
 
+def dense(draw: st.DrawFn, shape: Sequence[int]) -> TensorSpec:
+    """A tensor of ``shape`` in a drawn memory order."""
+    order = draw(st.permutations(range(len(shape))))
+    strides, step = [0] * len(shape), 1
+    for d in reversed(order):
+        strides[d] = step
+        step *= shape[d]
+    return TensorSpec(tuple(shape), tuple(strides), torch.float64, torch.device("cpu"))
+
+
 def unary(tape: Tape, x: fx.Node, draw: st.DrawFn) -> fx.Node:
-    return tape.call(draw(st.sampled_from([aten.silu.default, aten.tanh.default, aten.neg.default])), x)
+    """``contiguous`` is a copy or nothing at all, which may differ between a chunk and the whole."""
+    return tape.call(draw(st.sampled_from([aten.silu.default, aten.neg.default, aten.contiguous.default])), x)
 
 
 def binary(tape: Tape, x: fx.Node, draw: st.DrawFn) -> fx.Node:
@@ -155,7 +166,7 @@ def steps_for(shape: tuple[int, ...]) -> list[Step]:
 def chains(draw: st.DrawFn) -> Program:
     """Three to six steps from one input (copied, so that its storage may be taken over); one or two outputs."""
     tape = Tape()
-    value = tape.call(aten.clone.default, tape.input(tensor(*draw(shapes(2, 4)))))
+    value = tape.call(aten.clone.default, tape.input(dense(draw, draw(shapes(2, 4, (2, 3, 4, 5, 6))))))
     middle = value
     for at in range(draw(st.integers(3, 6))):
         value = draw(st.sampled_from(steps_for(tape.shape(value))))(tape, value, draw)
@@ -188,6 +199,3 @@ def looped_chains(draw: st.DrawFn) -> tuple[Program, tuple[Looped, ...]]:
         return program, ()
     second = draw(loops_in(region, first.stop)) if first.stop < len(region.nodes) else None
     return program, (first,) if second is None else (first, second)
-
-
-__all__ = ["factorisations", "is_valid", "looped_chains", "shapes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 
 # The import mode importlib adds no path; conformance.py and chains.py are shared by several test files.
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Small models have small chunks: without this the search would find nothing worth a loop in them.
+os.environ.setdefault("FMECOMPILE_MIN_TRIP_BYTES", "0")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -172,4 +172,6 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     assert table.regroup(table.fresh(6), [2, 2]) is None
     assert table.regroup(table.fresh(6), [2, 3, 2]) is None
     assert table.regroup(table.fresh(6), [4]) is None
+    assert table.regroup(table.fresh(6), [3]) is None
+    assert table.regroup((), [2]) is None
     assert not table.unify(table.fresh(6), table.fresh(3))

@@ -166,6 +166,21 @@ def test_a_storage_that_another_result_is_a_view_of_is_not_taken(chunk: int) -> 
     assert_chunks_equal(program, [looped])
 
 
+@pytest.mark.xfail(
+    strict=True,
+    raises=RuntimeError,
+    reason="a row expanded to the size of its storage counts as the whole of it, but begins further in: out of bounds",
+)
+def test_a_row_expanded_to_the_size_of_its_storage() -> None:
+    """The second row of h, three times: as many elements as h, from an offset of its own."""
+    tape = Tape()
+    h = tape.call(aten.clone.default, tape.input(tensor(3, 2)))
+    row = tape.call(aten.slice.Tensor, h, 0, 1, 2)
+    y = tape.call(aten.neg.default, tape.call(aten.expand.default, row, [3, 2]))
+    program = tape.program(y)
+    assert_chunks_equal(program, [Looped(3, 4, atoms_of(program, y)[1], 1)])
+
+
 @pytest.mark.parametrize(
     ("new", "old", "fits"),
     [
@@ -327,17 +342,17 @@ def test_outputs_keep_their_dtypes() -> None:
 
 
 def test_outputs_are_on_the_device_of_their_values() -> None:
-    """sigma * sample, with sigma a scalar on the CPU as samplers keep it."""
+    """sigma * sample, with sigma a scalar on the CPU as samplers keep it; the meta device stands in for a GPU."""
     tape = Tape()
-    cuda = torch.device("cuda:0")
+    meta = torch.device("meta")
     sigma = tape.input(TensorSpec((), (), torch.float32, CPU))
-    y = tape.call(aten.mul.Tensor, sigma, tape.input(TensorSpec((4, 6), (6, 1), torch.float32, cuda)))
+    y = tape.call(aten.mul.Tensor, sigma, tape.input(TensorSpec((5, 6), (6, 1), torch.float32, meta)))
     program = tape.program(y)
-    assert node_spec(y).device == cuda
-    loop, _ = loop_of(program, Looped(0, 1, atoms_of(program, y)[0], 2))
-    assert loop.spec.trips == 2
-    beside = program.placeholders[loop.spec.outputs[0].like]
-    assert node_spec(beside).device == cuda
+    assert node_spec(y).device == meta
+    loop, module = loop_of(program, Looped(0, 1, atoms_of(program, y)[0], 2))
+    assert loop.spec.trips == 3
+    (result,) = module(torch.ones(()), torch.empty(5, 6, device=meta))
+    assert result.device == meta
 
 
 @pytest.mark.xfail(
@@ -347,7 +362,7 @@ def test_a_loop_may_move_its_operand_to_another_device() -> None:
     """_to_copy has a rule, so a group may hold a move from the CPU to the GPU."""
     tape = Tape()
     x = tape.input(TensorSpec((4, 6), (6, 1), torch.float32, CPU))
-    moved = tape.call(aten._to_copy.default, x, device=torch.device("cuda:0"))
+    moved = tape.call(aten._to_copy.default, x, device=torch.device("meta"))
     program = tape.program(tape.call(aten.silu.default, moved))
     loop_of(program, Looped(0, 2, atoms_of(program, moved)[0], 2))
 
@@ -415,23 +430,17 @@ def test_calls_do_not_add_up() -> None:
     assert left == [0] * 5
 
 
-def test_a_trip_does_not_hold_the_one_before() -> None:
-    """The peak is outputs and one trip, whatever the number of trips."""
+@pytest.mark.parametrize("chunk", [1, 4, 16, 24])
+def test_a_trip_does_not_hold_the_one_before(chunk: int) -> None:
+    """The peak is the outputs and one trip, whatever the number of trips: here two values of a chunk each."""
     tape = Tape()
-    x = tape.input(tensor(64, 512))
-    h = tape.call(aten.silu.default, tape.call(aten.exp.default, tape.call(aten.neg.default, x)))
-    y = tape.call(aten.mean.dim, h, [1])
-    program = tape.program(y)
-    nest = atoms_of(program, y)[0]
+    x = tape.input(tensor(64, 64))
+    program = tape.program(tape.call(aten.silu.default, tape.call(aten.exp.default, x)))
     tensors = tensors_of(program)
-    trip, peaks = 512 * 8, []
-    with torch.no_grad():
-        for chunk in (1, 4, 16):
-            _, module = loop_of(program, Looped(0, 4, nest, chunk))
-            with StorageMeter(tensors) as meter:
-                module(*tensors)
-            peaks.append(meter.peak_bytes)
-    assert [peak <= 512 + 512 + 2 * chunk * trip for chunk, peak in zip((1, 4, 16), peaks, strict=True)] == [True] * 3
+    _, module = loop_of(program, Looped(0, 2, valid_nests(region_of(program), 0, 2)[0], chunk))
+    with torch.no_grad(), StorageMeter(tensors) as meter:
+        module(*tensors)
+    assert meter.peak_bytes == (64 + 2 * chunk) * 64 * 8
 
 
 def test_bodies_of_equal_structure_are_one_module() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from chains import factorisations, looped_chains, shapes
+from chains import dense, factorisations, looped_chains, shapes
 from conformance import (
     FACTS,
     Sample,
@@ -436,16 +436,6 @@ def test_the_control_group_ends_with_its_test() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- drawn shapes
-
-
-def dense(draw: st.DrawFn, shape: Sequence[int]) -> TensorSpec:
-    """A tensor of ``shape`` in a drawn memory order."""
-    order = draw(st.permutations(range(len(shape))))
-    strides, step = [0] * len(shape), 1
-    for d in reversed(order):
-        strides[d] = step
-        step *= shape[d]
-    return TensorSpec(tuple(shape), tuple(strides), torch.float64, torch.device("cpu"))
 
 
 @st.composite

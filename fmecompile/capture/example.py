@@ -59,5 +59,3 @@ def eager_measurement(module: nn.Module, example: Example) -> Measurement:
             return functional_call(module, weights, args, kwargs, tie_weights=False)
 
         return measure(call, weights, args, kwargs)
-
-

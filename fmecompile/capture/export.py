@@ -43,7 +43,9 @@ def export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     except Exception as error:
         place = source_line(error) or type(module).__name__
         raise CaptureError(
-            f"torch.export could not capture {type(module).__name__}: {_first_line(error)}", place=place, next_step=_NEXT
+            f"torch.export could not capture {type(module).__name__}: {_first_line(error)}",
+            place=place,
+            next_step=_NEXT,
         ) from error
 
 

@@ -132,4 +132,3 @@ def copy_into(
 
 def set_spec(node: fx.Node, spec: Any) -> None:
     node.meta[SPEC] = spec
-

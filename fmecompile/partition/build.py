@@ -20,9 +20,9 @@ from fmecompile.graph.specs import node_spec, specs_in, tensor_spec
 from fmecompile.operators import RULES
 from fmecompile.operators.registry import positional
 from fmecompile.partition.candidates import Nest, roles
-from fmecompile.passes.fuse_norm import fuse_norms
 from fmecompile.partition.layout import can_overlay, cut_of, local_shape, piece_spec
 from fmecompile.partition.region import Region
+from fmecompile.passes.fuse_norm import fuse_norms
 from fmecompile.runtime.chunk_loop import Cut, LoopAxis, LoopSpec, Output
 
 aten = torch.ops.aten
@@ -94,9 +94,7 @@ class Builder:
             behind=tuple(behind),
             operands=tuple(r.node for r in readings),
             results=tuple(results),
-            spec=LoopSpec(
-                (*axes, LoopAxis(sizes[loop.nest[-1]], loop.chunk)), tuple(r.cut for r in readings), outputs
-            ),
+            spec=LoopSpec((*axes, LoopAxis(sizes[loop.nest[-1]], loop.chunk)), tuple(r.cut for r in readings), outputs),
             body=body.graph,
             tail=tail.graph if tail else None,
             body_bytes=max(body.held_bytes, tail.held_bytes if tail else 0),
@@ -255,7 +253,12 @@ class Builder:
     def _overlays(self, loop: Loop, node: fx.Node, over: fx.Node) -> bool:
         root = self._root(over)
         return tensor_spec(over).numel == tensor_spec(root).numel and can_overlay(
-            tensor_spec(node), self.axes[node].axes, tensor_spec(root), self.axes[root].axes, loop.nest, self.region.sizes
+            tensor_spec(node),
+            self.axes[node].axes,
+            tensor_spec(root),
+            self.axes[root].axes,
+            loop.nest,
+            self.region.sizes,
         )
 
 

@@ -37,7 +37,7 @@ class Candidate:
     moments: tuple[tuple[int, int], ...]
     outer_trips: int = 1
     size: int = 1
-    scale: float = 1.0
+    least_chunk: int = 1
     known: dict[int, int] = field(default_factory=dict)
 
     def peak_bytes(self, chunk: int) -> int:
@@ -45,22 +45,25 @@ class Candidate:
         exact = self.known.get(chunk)
         if exact is not None:
             return exact
-        trip = max((fixed + sliced * chunk / self.size for fixed, sliced in self.moments), default=0.0)
-        return int(self.base_bytes + trip * self.scale)
+        return int(self.base_bytes + self.trip_bytes(chunk))
+
+    def trip_bytes(self, chunk: int) -> float:
+        """What one trip holds at most."""
+        return max((fixed + sliced * chunk / self.size for fixed, sliced in self.moments), default=0.0)
 
     def fit(self, allowed_bytes: float) -> tuple[int, int] | None:
         """Fewest trips whose peak is at most ``allowed_bytes``, with the chunk size; None when one row is too much."""
         chunk = self.size
         for fixed, sliced in self.moments:
-            room = (allowed_bytes - self.base_bytes) / self.scale - fixed
+            room = allowed_bytes - self.base_bytes - fixed
             if room < 0:
                 return None
             if sliced:
                 chunk = min(chunk, int(room * self.size / sliced))
-        while chunk >= 1:
+        while chunk >= self.least_chunk:
             count = -(-self.size // chunk)
             even = -(-self.size // count)
-            if self.known.get(even, 0) <= allowed_bytes:
+            if even >= self.least_chunk and self.known.get(even, 0) <= allowed_bytes:
                 trips = self.outer_trips * count
                 return (trips, even) if 1 < trips <= MAX_TRIPS else None
             chunk = even - 1
@@ -78,10 +81,21 @@ def _hidden(region: Region, p: int, start: int) -> int:
     return 0 if region.paired[p] >= start and region.paired[p] >= 0 else region.hidden[p]
 
 
-def candidates(region: Region, axes: GraphAxes, start: int) -> Iterator[Candidate]:
-    """All groups that begin at ``start``."""
+def candidates(region: Region, axes: GraphAxes, start: int, min_trip_bytes: int = 0) -> Iterator[Candidate]:
+    """All groups that begin at ``start`` whose trips can work on ``min_trip_bytes`` or more."""
     for nest in nests(region, axes, start):
-        yield from _walk(region, start, nest)
+        for candidate in _walk(region, start, nest):
+            candidate.least_chunk = _least_chunk(candidate, min_trip_bytes)
+            if candidate.least_chunk <= candidate.size:
+                yield candidate
+
+
+def _least_chunk(candidate: Candidate, min_trip_bytes: int) -> int:
+    """The fewest rows a trip whose working set reaches ``min_trip_bytes``; more than there are when none does."""
+    if candidate.trip_bytes(1) >= min_trip_bytes:
+        return 1
+    needed = [-(-(min_trip_bytes - fixed) * candidate.size // sliced) for fixed, sliced in candidate.moments if sliced]
+    return int(min(needed, default=candidate.size + 1))
 
 
 def nests(region: Region, axes: GraphAxes, start: int) -> list[Nest]:

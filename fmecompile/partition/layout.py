@@ -14,7 +14,9 @@ from fmecompile.runtime.chunk_loop import Cut, Narrow
 Nest = tuple[int, ...]
 
 
-def local_shape(axes: Axes, nest: Nest, rows: int, sizes: dict[int, int], kept: Collection[int] | None = None) -> tuple[int, ...]:
+def local_shape(
+    axes: Axes, nest: Nest, rows: int, sizes: dict[int, int], kept: Collection[int] | None = None
+) -> tuple[int, ...]:
     """The shape of one trip's slice: one row of outer atoms, ``rows`` of the innermost, other atoms whole.
 
     Dimensions not in ``kept`` (all by default) stay whole.
@@ -31,7 +33,9 @@ def _extent(atom: int, nest: Nest, rows: int, sizes: dict[int, int]) -> int:
     return rows if atom == nest[-1] else 1
 
 
-def cut_of(axes: Axes, nest: Nest, chunk: int, sizes: dict[int, int], kept: Collection[int] | None = None) -> Cut | None:
+def cut_of(
+    axes: Axes, nest: Nest, chunk: int, sizes: dict[int, int], kept: Collection[int] | None = None
+) -> Cut | None:
     """How a trip slices a tensor with ``axes`` along the dimensions in ``kept``; None when the nest does not touch it.
 
     A dimension can be narrowed as it is when its looped atoms stand in front, single rows before the chunk; another one
@@ -97,7 +101,9 @@ def _narrow(dim: int, axis: Axis, active: Nest, nest: Nest, sizes: dict[int, int
     return Narrow(dim, tuple(terms), unit, nest[-1] in active and nest[-1] in axis)
 
 
-def can_overlay(new: TensorSpec, new_axes: Axes, old: TensorSpec, old_axes: Axes, nest: Nest, sizes: dict[int, int]) -> bool:
+def can_overlay(
+    new: TensorSpec, new_axes: Axes, old: TensorSpec, old_axes: Axes, nest: Nest, sizes: dict[int, int]
+) -> bool:
     """Whether each trip's slice of ``new`` fills exactly the bytes of the same trip's slice of ``old``.
 
     So it is when looped atoms have the same strides in both and the rest spans the same set of addresses.
@@ -119,4 +125,3 @@ def _addresses(strides: dict[int, int], nest: Nest, sizes: dict[int, int]) -> li
         else:
             runs.append((stride, size))
     return runs
-

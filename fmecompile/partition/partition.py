@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fmecompile.analysis.axes import GraphAxes, propagate
 from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.storages import Storages, storages
+from fmecompile.config import min_trip_bytes
 from fmecompile.graph.group import Group
 from fmecompile.graph.invariants import module_path
 from fmecompile.graph.plan import Barrier
@@ -80,11 +81,12 @@ class Partitioner:
 
     def _candidates(self) -> dict[int, list[Candidate]]:
         found: dict[int, list[Candidate]] = {}
+        least = min_trip_bytes()
         boundaries = self.region.boundaries
         for start, stop in zip(boundaries, boundaries[1:], strict=False):
             found.setdefault(stop, []).append(plain(self.region, start, stop))
         for start in boundaries[:-1]:
-            for candidate in candidates(self.region, self.axes, start):
+            for candidate in candidates(self.region, self.axes, start, least):
                 found.setdefault(candidate.stop, []).append(candidate)
         return found
 
@@ -104,5 +106,3 @@ class Partitioner:
         group = self.builder.build(candidate.start, candidate.stop, candidate.nest, choice.chunk)
         whole = plain(self.region, candidate.start, candidate.stop).base_bytes
         return Chosen(group, choice, choice.peak_bytes, whole)
-
-

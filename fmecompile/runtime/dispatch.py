@@ -64,7 +64,7 @@ class Dispatcher:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if EXCLUSION.is_capturing_here or (torch.compiler.is_compiling() and not EXCLUSION.is_capturing):
             return self.eager(*args, **kwargs)
-        if self.module.training or torch.is_grad_enabled() and self._needs_gradients(args, kwargs):
+        if self.module.training or (torch.is_grad_enabled() and self._needs_gradients(args, kwargs)):
             return self._pass_through(args, kwargs)
         args, kwargs = self._as_tensors(args, kwargs)
         call = flatten_call(args, kwargs)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 
-
 _PIECES = 16
 """A tensor is read in about this many pieces, so that statistics hold about a sixteenth of it at a time."""
 
