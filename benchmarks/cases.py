@@ -16,7 +16,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """One model at one size. ``must_gib`` and ``aim_gib`` bound the measured activation peak of the optimized module."""
+    """One model at one size. ``must_gib`` and ``aim_gib`` bound the measured peak of the optimized module."""
 
     name: str
     family: str

@@ -36,9 +36,9 @@ def optimize(
 ) -> Target:
     """Make ``target`` run in a fraction of its activation memory, with the same output. In place; returns ``target``.
 
-    Returns at once: the first call of each input signature captures and plans. ``strict`` turns every fall-back to eager
-    into an error. ``plan`` is a saved plan; where it matches, the search is skipped. Optimizing again replaces the
-    options and drops what was compiled.
+    Returns at once: the first call of each input signature captures and plans. ``strict`` turns every fall-back to
+    eager into an error. ``plan`` is a saved plan; where it matches, the search is skipped. Optimizing again replaces
+    the options and drops what was compiled.
 
     For inference: a module in training mode, or one that is called where gradients are needed, runs eagerly with one
     warning (GradientError when ``strict``).

@@ -263,8 +263,11 @@ def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:
 
 @torch.no_grad()
 def fastest_threads() -> int:
-    """The thread count of torch, or 1 where other work keeps the cores busy: threads that wait for one another then take
-    several times as long. Takes two seconds; the sign must be clear, as one thread is slow on idle cores."""
+    """The thread count of torch, or 1 where other work keeps the cores busy.
+
+    Threads that wait for one another then take several times as long. Takes two seconds; the sign must be clear, as one
+    thread is slow on idle cores.
+    """
     before = torch.get_num_threads()
     layer, rows = nn.Linear(640, 2560), torch.randn(192, 640)
 

@@ -147,7 +147,7 @@ def finish(compilation: Compilation) -> Compiled:
     for name, loop in compilation.loops.items():
         root.add_module(name, loop)
     graph_module = fx.GraphModule(root, program.graph, class_name="Rewritten")
-    slots = tuple(_slot(binding) for binding in program.bindings)
+    slots = tuple(_slot(binding, program) for binding in program.bindings)
     return Compiled(graph_module, slots, program.constants, tuple(program.literals.values()), program.out_spec)
 
 
@@ -157,7 +157,7 @@ def pass_name(item: object) -> str:
     return "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
 
 
-def _slot(binding: object) -> Slot:
+def _slot(binding: object, program: Program) -> Slot:
     if isinstance(binding, Weight):
         return ("weight", binding.name)
     if isinstance(binding, Input):
@@ -165,7 +165,7 @@ def _slot(binding: object) -> Slot:
     if isinstance(binding, Constant):
         return ("constant", binding.index)
     assert isinstance(binding, Literal)
-    return ("literal", binding.name)
+    return ("literal", list(program.literals).index(binding.name))
 
 
 def _bound_bytes(program: Program, kind: type) -> int:

@@ -60,10 +60,11 @@ def _is_noop(node: fx.Node) -> bool:
     if not node.args or not isinstance(node.args[0], fx.Node):
         return False
     if node.target is aten.dropout.default:
-        return node.args[1] == 0.0 or not node.args[2]
+        p, train = node.args[1:]
+        return bool(p == 0.0 or not train)
     if node.target in _IDENTITY:
         return True
     same = isinstance(node_spec(node), TensorSpec) and node_spec(node) == node_spec(node.args[0])
     if node.target in _VIEWS:
         return same and not node.kwargs.get("copy", False)
-    return node.target in _BY_ONE and same and type(node.args[1]) in (int, float) and node.args[1] == 1
+    return node.target in _BY_ONE and same and isinstance(node.args[1], (int, float)) and node.args[1] == 1

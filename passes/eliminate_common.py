@@ -19,6 +19,7 @@ from fmecompile.analysis.facts import FactTable
 from fmecompile.graph import edit
 from fmecompile.graph.program import Program, compute_nodes
 from fmecompile.graph.specs import TensorSpec, node_spec
+from fmecompile.graph.structure import literal_key
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class EliminateCommon:
 
     def _may_merge(self, node: fx.Node) -> bool:
         target, spec = node.target, node_spec(node)
-        pure = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
-        if not pure or torch.Tag.nondeterministic_seeded in target.tags or not isinstance(spec, TensorSpec):
+        if not isinstance(target, torch._ops.OpOverload) or not isinstance(spec, TensorSpec):
+            return False
+        if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
             return False
         return spec.numel * spec.dtype.itemsize <= self.limit_bytes
 
@@ -53,4 +55,4 @@ def _key(value: Any) -> Any:
         return tuple(map(_key, value))
     if isinstance(value, dict):
         return tuple((name, _key(item)) for name, item in sorted(value.items()))
-    return value if isinstance(value, fx.Node) else (type(value), value)
+    return value if isinstance(value, fx.Node) else literal_key(value)

@@ -3,8 +3,8 @@
     before  v = view(x, [28, -1, 5, 64]);  a, b = chunk(y, 2, -1)
     after   v = reshape(x, [28, 9216, 5, 64]);  a = slice(y, -1, 0, 1280);  b = slice(y, -1, 1280, 2560)
 
-``reshape`` is ``view`` wherever a view is possible; ``repeat_interleave`` loses its redundant output size. Splitting operators become slices, one result each, so that every
-value of the graph is one tensor.
+``reshape`` is ``view`` wherever a view is possible; ``repeat_interleave`` loses its redundant output size. Splitting
+operators become slices, one result each, so that every value of the graph is one tensor.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -47,6 +48,10 @@ class RelaxViews:
         return f"{views} views relaxed, {splits} splits turned into slices"
 
 
+def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    return node.args[place] if place < len(node.args) else node.kwargs.get(name, default)
+
+
 def _readers(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if user.target is operator.getitem]
 
@@ -55,7 +60,7 @@ def _split_to_slices(node: fx.Node, facts: FactTable) -> int:
     parts: Sequence[TensorSpec] = node_spec(node)
     if len(_readers(node)) != len(node.users):
         return 0
-    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    dim = _argument(node, 2, "dim", 0)
     assert isinstance(dim, int)
     ends = [0]
     for part in parts:
@@ -71,7 +76,7 @@ def _split_to_slices(node: fx.Node, facts: FactTable) -> int:
 def _unbind_to_selects(node: fx.Node, facts: FactTable) -> int:
     if len(_readers(node)) != len(node.users):
         return 0
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    dim = _argument(node, 1, "dim", 0)
     for reader in _readers(node):
         edit.retarget(reader, aten.select.int, (node.args[0], dim, reader.args[1]), {})
     edit.erase([node])

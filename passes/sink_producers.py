@@ -4,19 +4,21 @@
     after   ... a whole spatial block ...;  context = expand-and-copy(c);  k = linear(context, w)
 
 A producer moves down when the bytes its result would hold on the way exceed the bytes of the operands that would have
-to wait instead.
+to wait instead. A view holds nothing, so it always moves. Calls that draw random numbers stay in order.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from fmecompile.analysis.facts import FactTable
+from fmecompile.analysis.storages import Storages, storages
 from fmecompile.graph import edit
 from fmecompile.graph.program import Program, compute_nodes
-from fmecompile.graph.specs import TensorSpec, node_spec
 
 
 @dataclass(frozen=True)
@@ -25,29 +27,30 @@ class SinkProducers:
 
     def apply(self, program: Program, facts: FactTable) -> str:
         nodes = compute_nodes(program.graph)
-        order = {node: i for i, node in enumerate(program.graph.nodes)}
-        position = {node: float(i) for node, i in order.items()}
+        held = storages(nodes, program.outputs, facts)
+        aliases: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node in nodes:
+            aliases[held.roots[node]].append(node)
         moved = 0
         for node in reversed(nodes):
-            first = min(node.users, key=lambda user: position[user], default=None)
-            if first is None or node.next is first or not _worth_moving(node, position, position[first]):
+            first = min(node.users, default=None)
+            if first is None or node.next is first or not _may_move(node) or not _is_worth(node, held, aliases):
                 continue
             edit.move_before(node, first)
-            position[node] = (position[first.prev.prev] + position[first]) / 2
             moved += 1
         return f"{moved} producers moved" if moved else "every value is computed where it is read"
 
 
-def _worth_moving(node: fx.Node, position: dict[fx.Node, float], target: float) -> bool:
-    waiting = sum(
-        _nbytes(operand)
-        for operand in node.all_input_nodes
-        if operand.op != "placeholder" and max(position[user] for user in operand.users) <= position[node]
-    )
-    del target
-    return waiting < _nbytes(node)
+def _may_move(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded not in node.target.tags
 
 
-def _nbytes(node: fx.Node) -> int:
-    spec = node_spec(node)
-    return spec.numel * spec.dtype.itemsize if isinstance(spec, TensorSpec) else 0
+def _is_worth(node: fx.Node, held: Storages, aliases: dict[fx.Node, list[fx.Node]]) -> bool:
+    if held.roots[node] is not node:
+        return True
+    waiting = 0
+    for root in {held.roots.get(operand, operand) for operand in node.all_input_nodes}:
+        allocated = root in held.position
+        if allocated and all(user <= node for alias in aliases[root] for user in alias.users):
+            waiting += held.nbytes[held.position[root]]
+    return waiting < held.nbytes[held.position[node]]

@@ -21,6 +21,8 @@ from fmecompile.runtime.norms import group_norm_apply, group_norm_statistics
 
 aten = torch.ops.aten
 
+_DEFAULTS = (None, None, 1e-5)  # weight, bias, eps
+
 
 @dataclass(frozen=True)
 class TwoPassNorm:
@@ -31,7 +33,8 @@ class TwoPassNorm:
         for node in compute_nodes(program.graph):
             if node.target is not aten.group_norm.default or len(tensor_spec(node).shape) < 3:  # type: ignore[arg-type]
                 continue
-            x, groups, weight, bias, eps, *_ = (*node.args, None, None, 1e-5)[:5] if len(node.args) < 5 else node.args
+            x, groups, *rest = node.args
+            weight, bias, eps = (*rest, *_DEFAULTS[len(rest) :])[:3]
             statistics = edit.insert_before(node, group_norm_statistics, (x, groups, eps), like=node)
             edit.retarget(node, group_norm_apply, (x, statistics, weight, bias), {})
             edit.annotate([statistics, node], facts)

@@ -122,7 +122,7 @@ def test_explain_and_stages_want_an_optimized_module() -> None:
         fmecompile.stages(module)
 
 
-# --------------------------------------------------------------------------------------------------- signatures, weights
+# -------------------------------------------------------------------------------------------------- signatures, weights
 
 
 def test_one_program_a_signature_in_a_bounded_cache() -> None:

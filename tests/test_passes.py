@@ -416,7 +416,6 @@ def passed(item: Any, function: Callable[..., Any], *inputs: torch.Tensor) -> No
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.xfail(strict=True, reason="a literal is no source of Executable, before fold-constants has run")
 def test_a_stage_with_a_literal_runs() -> None:
     """After any pass the program runs; torch.tensor([...]) in a module is a literal until fold-constants."""
     case = Case(lambda x: x * torch.tensor([2.0, 3.0], dtype=torch.float64)[0])
@@ -425,9 +424,6 @@ def test_a_stage_with_a_literal_runs() -> None:
     assert_same([Executable(finish(Compilation(copied(program))), case)([noise(4, 6)])], want)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a view counts as if it held its own bytes, so a copy of a view stays where it is"
-)
 def test_a_copy_of_an_expanded_input_sinks() -> None:
     """What the pass says it does: context = expand-and-copy(c), read late."""
 
@@ -440,7 +436,6 @@ def test_a_copy_of_an_expanded_input_sinks() -> None:
     assert compute_nodes(program.graph)[-2].target is aten.contiguous.default
 
 
-@pytest.mark.xfail(strict=True, reason="sink-producers changes the order of calls that draw random numbers")
 def test_sinking_keeps_the_order_of_random_numbers() -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
         a, b = torch.randn_like(x), torch.randn_like(x)
@@ -449,7 +444,6 @@ def test_sinking_keeps_the_order_of_random_numbers() -> None:
     passed(SinkProducers(), function, noise(4, 6))
 
 
-@pytest.mark.xfail(strict=True, reason="eliminate-common takes 0.0 and -0.0 for one argument: inf for -inf")
 def test_minus_zero_is_another_argument() -> None:
     passed(EliminateCommon(), lambda x: (x / 0.0, x / -0.0), noise(4, 6).abs())
 
@@ -466,14 +460,8 @@ def test_repeat_interleave_keeps_its_dimension() -> None:
     "function",
     [
         lambda x: torch.group_norm(x, 2),
-        pytest.param(
-            lambda x: torch.group_norm(x, 2, torch.ones(8, dtype=torch.float64)),
-            marks=pytest.mark.xfail(strict=True, raises=TypeError, reason="eps of 3 or 4 arguments is None"),
-        ),
-        pytest.param(
-            lambda x: torch.group_norm(x, 2, None, torch.ones(8, dtype=torch.float64)),
-            marks=pytest.mark.xfail(strict=True, raises=TypeError, reason="eps of 3 or 4 arguments is None"),
-        ),
+        lambda x: torch.group_norm(x, 2, torch.ones(8, dtype=torch.float64)),
+        lambda x: torch.group_norm(x, 2, None, torch.ones(8, dtype=torch.float64)),
     ],
     ids=["2 arguments", "3 arguments", "4 arguments"],
 )

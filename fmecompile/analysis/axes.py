@@ -62,7 +62,7 @@ def propagate(graph: fx.Graph) -> GraphAxes:
             continue
         operands: list[Operand] = []
 
-        def occurrence(n: fx.Node, operands: list[Operand] = operands) -> Operand:
+        def occurrence(n: fx.Node, operands: list[Operand] = operands) -> Any:
             operands.append(_operand(n, raw))
             return operands[-1]
 

@@ -128,7 +128,7 @@ def _accumulate(nodes: list[fx.Node], effects: list[_Effect], last: dict[Hashabl
         if moments[-1].total_bytes > peak:
             peak = moments[-1].total_bytes
             held = [(_label(owner), size) for owner, size in live.items() if size]
-            owners = tuple([*held, (f"{node.name} while it runs", effect.hidden_bytes)])
+            owners = (*held, (f"{node.name} while it runs", effect.hidden_bytes))
         for owner in expire.get(at, ()):
             total -= live.pop(owner, 0)
     return Projection(tuple(moments), tuple(sorted(owners, key=lambda item: -item[1])))

@@ -84,7 +84,8 @@ def program_of(exported: ExportedProgram) -> Program:
         bindings.append(_binding(spec, position))
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
-    return Program(graph, bindings, out_spec, {k: v for k, v in exported.constants.items() if _is_tensor(v)})
+    literals = {name: value for name, value in exported.constants.items() if isinstance(value, torch.Tensor)}
+    return Program(graph, bindings, out_spec, literals)
 
 
 def _binding(spec: InputSpec, leaf: int) -> Binding:

@@ -81,7 +81,7 @@ class AtomTable:
         return self._parts[root]
 
     def regroup(self, axis: Iterable[int], sizes: Sequence[int]) -> list[Axis] | None:
-        """Distribute ``axis`` over dimensions of ``sizes``, splitting atoms where a cut needs it; None if one cannot."""
+        """Distribute ``axis`` over dimensions of ``sizes``, splitting atoms at cuts; None if one cannot be split."""
         rest = list(self.resolve(axis))
         dims: list[Axis] = []
         for size in sizes:

@@ -20,7 +20,7 @@ def structure(graph: fx.Graph) -> tuple[Any, ...]:
             return tuple(map(key, value))
         if isinstance(value, dict):
             return tuple((name, key(item)) for name, item in value.items())
-        return (type(value).__name__, value)
+        return literal_key(value)
 
     rows: list[Any] = []
     for node in graph.nodes:
@@ -29,3 +29,10 @@ def structure(graph: fx.Graph) -> tuple[Any, ...]:
         else:
             rows.append((node.op, node.target, key(node.args), key(node.kwargs)))
     return tuple(rows)
+
+
+def literal_key(value: Any) -> Any:
+    """Equal for arguments that are the same to an operator: ``1``, ``1.0`` and ``True`` are not, nor are ``0.0`` and
+    ``-0.0``.
+    """
+    return (type(value).__name__, repr(value) if isinstance(value, (float, complex)) else value)

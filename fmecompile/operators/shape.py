@@ -43,7 +43,7 @@ def regroup(call: Call, x: Operand, shape: Sequence[int]) -> list[Axis | None]:
 
 
 def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Least runs of dimensions of equal extent: ``(2, 14, 8) -> (28, 4, 2)`` gives ``[0, 1]:[0]`` and ``[2]:[1, 2]``."""
+    """Least runs of dimensions of equal extent: ``(2, 14, 8) -> (28, 4, 2)``: ``[0, 1]:[0]`` and ``[2]:[1, 2]``."""
     found: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) or j < len(after):

@@ -85,7 +85,8 @@ class Builder:
         body = self._body(loop, results, readings, loop.chunk)
         rest = sizes[loop.nest[-1]] % loop.chunk
         tail = self._body(loop, results, readings, rest) if rest else None
-        outputs = self._outputs(loop, results, readings, body.aliases)
+        aliases = body.aliases + (tail.aliases if tail else ())
+        outputs = self._outputs(loop, results, readings, aliases)
         axes = tuple(LoopAxis(sizes[atom], 1) for atom in loop.nest[:-1])
         return Group(
             inside=loop.inside,
@@ -220,6 +221,7 @@ class Builder:
     ) -> tuple[Output, ...]:
         aliased = {self._root(readings[i].node) for i in aliases if i is not None}
         free = [i for i, r in enumerate(readings) if self._may_take(loop, r) and self._root(r.node) not in aliased]
+        devices = [getattr(node_spec(reading.node), "device", None) for reading in readings]
         outputs = []
         for node in results:
             spec, axes = tensor_spec(node), self.axes[node].axes
@@ -229,8 +231,9 @@ class Builder:
                 free = [i for i in free if self._root(readings[i].node) is not root]
             cut = cut_of(axes, loop.nest, loop.chunk, self.region.sizes)
             assert cut is not None
-            devices = [getattr(node_spec(reading.node), "device", None) for reading in readings]
-            outputs.append(Output(cut, spec.shape, spec.stride, spec.dtype, devices.index(spec.device), takes))
+            like = next((i for i, d in enumerate(devices) if d == spec.device), None)
+            device = spec.device if like is None else None
+            outputs.append(Output(cut, spec.shape, spec.stride, spec.dtype, like or 0, device, takes))
         return tuple(outputs)
 
     def _root(self, node: fx.Node) -> fx.Node:

@@ -99,7 +99,7 @@ def _least_chunk(candidate: Candidate, min_trip_bytes: int) -> int:
 
 
 def nests(region: Region, axes: GraphAxes, start: int) -> list[Nest]:
-    """Loop nests worth trying from ``start``: for each set of atoms that reach equally far, its prefixes in memory order."""
+    """Loop nests worth trying from ``start``: of atoms that reach equally far, the prefixes in memory order."""
     end = min(start + MAX_REACH, len(region.nodes))
     first = next((b for b in region.boundaries if b > start), end)
     small = region.threshold_bytes

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
+from itertools import takewhile
 
 from torch import fx
 
@@ -60,7 +60,8 @@ def _modules(nodes: Sequence[fx.Node]) -> tuple[str, ...]:
     paths = [path for node in nodes if (path := module_path(node))]
     if not paths:
         return ()
-    common = os.path.commonprefix([path.split(".") for path in paths])
+    parts = zip(*(path.split(".") for path in paths), strict=False)
+    common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, parts)]
     if common:
         return (".".join(common),)
     heads = Counter(".".join(path.split(".")[:3]) for path in paths)

@@ -7,6 +7,7 @@ is returned holds what it says.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from fmecompile.analysis.axes import GraphAxes, propagate
 from fmecompile.analysis.facts import FactTable
@@ -83,7 +84,7 @@ class Partitioner:
         found: dict[int, list[Candidate]] = {}
         least = min_trip_bytes()
         boundaries = self.region.boundaries
-        for start, stop in zip(boundaries, boundaries[1:], strict=False):
+        for start, stop in pairwise(boundaries):
             found.setdefault(stop, []).append(plain(self.region, start, stop))
         for start in boundaries[:-1]:
             for candidate in candidates(self.region, self.axes, start, least):

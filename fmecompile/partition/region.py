@@ -25,7 +25,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Region:
-    """Positions 0..n of a straight-line graph. ``live`` has one entry a boundary, the other sequences one a position."""
+    """Positions 0..n of a straight-line graph. ``live`` has one entry a boundary, other sequences one a position."""
 
     nodes: tuple[fx.Node, ...]
     sizes: dict[int, int]

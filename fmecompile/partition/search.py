@@ -28,7 +28,7 @@ class Choice:
 
 
 def cheapest(by_stop: dict[int, list[Candidate]], stops: list[int], allowed_bytes: float) -> list[Choice] | None:
-    """The plan with the fewest trips whose every part peaks at no more than ``allowed_bytes``; None if there is none."""
+    """The plan with the fewest trips of which no part peaks above ``allowed_bytes``; None if there is none."""
     best: dict[int, tuple[float, Choice | None]] = {0: (0.0, None)}
     for stop in stops:
         found: tuple[float, Choice | None] | None = None

@@ -1,8 +1,8 @@
 """The chunk loop: one group of operators run over slices of its loop axes, in bounded memory.
 
-A loop nest of axes, outermost first; all but the innermost advance one row at a time, the innermost ``chunk`` rows with
-a shorter tail. Each trip slices what it reads, runs the body and writes its slice of every output. Outputs are allocated
-once, or take over the storage of an input that dies in the loop; never a list and a concatenation.
+A loop nest of axes, outermost first; all but the innermost advance one row at a time, the innermost ``chunk`` rows
+with a shorter tail. Each trip slices what it reads, runs the body and writes its slice of every output. Outputs are
+allocated once, or take over the storage of an input that dies in the loop; never a list and a concatenation.
 """
 
 from __future__ import annotations
@@ -57,14 +57,16 @@ class Cut:
 
 @dataclass(frozen=True)
 class Output:
-    """One result of the loop, allocated beside operand ``like`` with the strides it has outside loops, or laid over the
-    operand ``takes``."""
+    """One result of the loop, with the strides it has outside loops: laid over the storage of the operand ``takes``, or
+    allocated where the operand ``like`` is, or on ``device`` where no operand is there.
+    """
 
     cut: Cut
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     like: int = 0
+    device: torch.device | None = None
     takes: int | None = None
 
 
@@ -137,9 +139,9 @@ class ChunkLoop(nn.Module):
 
 def _place(output: Output, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     if output.takes is not None:
-        over = operands[output.takes]
-        return over.as_strided(output.shape, output.stride, over.storage_offset())
-    return operands[output.like].new_empty_strided(output.shape, output.stride, dtype=output.dtype)
+        return operands[output.takes].as_strided(output.shape, output.stride, 0)
+    like = operands[output.like]
+    return like.new_empty_strided(output.shape, output.stride, dtype=output.dtype, device=output.device)
 
 
 def _viewed(tensor: torch.Tensor, cut: Cut) -> torch.Tensor:

@@ -15,7 +15,8 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from fmecompile.runtime.signature import fake_mode_of
 
 Slot = tuple[str, Any]
-"""Where an operand comes from: ``("weight", name)``, ``("input", leaf)`` or ``("constant", index)``."""
+"""Where an operand comes from: ``("weight", name)``, ``("input", leaf)``, ``("literal", index)`` or
+``("constant", index)``."""
 
 
 @dataclass(frozen=True)
@@ -36,29 +37,27 @@ class Executable:
         self._compiled = compiled
         self._forward: Callable[..., Any] = compiled.graph_module.forward
         self._sources = [_source(slot, module) for slot in compiled.slots]
-        self._constants: dict[Any, tuple[torch.Tensor, ...]] = {}
+        self._made: dict[Any, dict[str, tuple[torch.Tensor, ...]]] = {}
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run on the flattened arguments of a call; the result has the structure the module returned at capture."""
         mode = fake_mode_of(list(leaves))
-        held = {"input": leaves, "constant": self._constants_in(mode)}
+        held = {"input": leaves, **self._made_in(mode)}
         operands = [held[kind][key] if kind in held else table[key] for kind, table, key in self._sources]
         with mode if mode is not None else nullcontext():
             return tree_unflatten(list(self._forward(*operands)), self._compiled.out_spec)
 
-    def _constants_in(self, mode: Any) -> tuple[torch.Tensor, ...]:
-        """Constants are computed on first use, once for real tensors and once for each fake mode."""
-        graph = self._compiled.constants
-        if graph is None:
-            return ()
+    def _made_in(self, mode: Any) -> dict[str, tuple[torch.Tensor, ...]]:
+        """Literals and constants: made on first use, once for real tensors and once for each fake mode."""
         key = None if mode is None else weakref.ref(mode)
-        if key not in self._constants:
-            literals = self._compiled.literals
+        if key not in self._made:
+            literals, graph = self._compiled.literals, self._compiled.constants
             if mode is not None:
                 literals = tuple(mode.from_tensor(t) for t in literals)
             with mode if mode is not None else nullcontext(), torch.no_grad():
-                self._constants[key] = graph(*literals)
-        return self._constants[key]
+                constants = graph(*literals) if graph is not None else ()
+            self._made[key] = {"literal": literals, "constant": constants}
+        return self._made[key]
 
 
 def _source(slot: Slot, module: nn.Module) -> tuple[str, Any, Any]:

@@ -22,8 +22,8 @@ _device = operator.attrgetter("device")
 class Fingerprint:
     """The structure of ``module`` at one moment; :meth:`holds` tells whether it still is so.
 
-    Compares, for each sub-module, its attribute dictionary (identities first, so unchanged attributes cost nothing), its
-    containers, and the dtype and device of its weights. ``ignore`` names attributes of the root that may change.
+    Compares, for each sub-module, its attribute dictionary (identities first, so unchanged attributes cost nothing),
+    its containers, and the dtype and device of its weights. ``ignore`` names attributes of the root that may change.
     """
 
     def __init__(self, module: nn.Module, ignore: frozenset[str] = frozenset()) -> None:
