@@ -262,10 +262,13 @@ def test_gradients_and_training_pass_through() -> None:
 
 def test_wrong_arguments_fail_as_they_do_eagerly() -> None:
     module = fmecompile.optimize(block())
-    with pytest.raises(TypeError):
-        module()
-    with pytest.raises(TypeError):
-        module(batch(), nonsense=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(TypeError):
+            module()
+        with pytest.raises(TypeError):
+            module(batch(), nonsense=1)
+    assert not fmecompile.explain(module).refused
     assert module(batch()).shape == (64, 16, 8)
 
 

@@ -21,7 +21,7 @@ from fmecompile.errors import CaptureError
 from fmecompile.graph.program import Binding, Input, Literal, Program, Weight
 from fmecompile.graph.specs import SPEC, spec_of
 
-_NEXT = "the module stays eager; rewrite the line so that it does not depend on tensor values, or pass strict=False"
+_NEXT = "rewrite the line so that it does not depend on tensor values; without strict=True the module runs eager"
 
 
 def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:

@@ -70,7 +70,7 @@ class Dispatcher:
         call = flatten_call(args, kwargs)
         program = self._program(call, args, kwargs)
         if program is None:
-            return self.eager(*args, **kwargs)
+            return self._eagerly(call, args, kwargs)
         with EXCLUSION.run(), torch.no_grad():
             return program(call.leaves)
 
@@ -104,7 +104,6 @@ class Dispatcher:
             if self.strict:
                 raise
             self.refused[call.key] = error
-            self._warn("capture", f"fmecompile leaves {type(self.module).__name__} eager: {error}")
             return None
         finally:
             if patched is not None:
@@ -116,6 +115,17 @@ class Dispatcher:
             oldest, _ = self._programs.popitem(last=False)
             self.records.pop(oldest, None)
         return program
+
+    def _eagerly(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call that could not be captured. One that fails eagerly too was a wrong call: nothing to warn of."""
+        try:
+            output = self.eager(*args, **kwargs)
+        except BaseException:
+            self.refused.pop(call.key, None)
+            raise
+        if (error := self.refused.get(call.key)) is not None:
+            self._warn("capture", f"fmecompile leaves {type(self.module).__name__} eager: {error}")
+        return output
 
     def patch(self) -> None:
         """Stand in for ``module.forward``."""
