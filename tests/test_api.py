@@ -7,6 +7,8 @@ import gc
 import pickle
 import threading
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,17 @@ class Branches(nn.Module):
         return x - 1
 
 
+class Around(nn.Module):
+    """Cannot be captured; its inner module can."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) if bool(x.isfinite().all()) else x
+
+
 class Remembers(nn.Module):
     """Changes a buffer in place."""
 
@@ -300,22 +313,40 @@ def test_no_growth_from_call_to_call() -> None:
     assert len(peaks) == 1
 
 
-def test_two_threads() -> None:
-    module = fmecompile.optimize(block(), strict=True)
-    want = [Block.forward(module, batch(rows)) for rows in (32, 48)]
-    got: dict[int, torch.Tensor] = {}
+def _in_threads(*works: Callable[[], object]) -> list[Any]:
+    """The results of ``works``, all begun at the same moment; their errors are raised here."""
+    start = threading.Barrier(len(works))
 
-    def work(k: int, rows: int) -> None:
+    def wait_and(work: Callable[[], object]) -> object:
+        start.wait()
         with torch.no_grad():
-            for _ in range(5):
-                got[k] = module(batch(rows))
+            return work()
 
-    threads = [threading.Thread(target=work, args=(k, rows)) for k, rows in enumerate((32, 48))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.allclose(got[k], want[k], atol=1e-5) for k in (0, 1))
+    with ThreadPoolExecutor(len(works)) as pool:
+        return list(pool.map(wait_and, works))
+
+
+def test_threads_that_call_one_module_while_it_is_captured() -> None:
+    module = fmecompile.optimize(block(), strict=True)
+    rows = (32, 48, 64, 80)
+    got = _in_threads(*(lambda n=n: [module(batch(n)) for _ in range(3)] for n in rows))
+    for n, results in zip(rows, got, strict=True):
+        assert all(torch.allclose(result, Block.forward(module, batch(n)), atol=1e-5) for result in results)
+
+
+def test_threads_that_run_eagerly_around_an_optimized_module() -> None:
+    """A run that suspends itself to capture must not wait for another that does the same."""
+    inner = fmecompile.optimize(block(), strict=True)
+    outer = fmecompile.optimize(Around(inner))
+    plain = block()
+    want = plain(batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = _in_threads(
+            *(lambda n=n: outer(batch(n)).shape for n in (32, 48)),
+            lambda: all(torch.allclose(plain(batch()), want, atol=1e-5) for _ in range(500)),
+        )
+    assert got == [(32, 16, 8), (48, 16, 8), True]
 
 
 def test_an_optimized_module_refuses_to_be_pickled() -> None:

@@ -7,6 +7,7 @@ This is the one place that holds run-time state of an optimized module. Nothing 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import threading
 import warnings
@@ -21,7 +22,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fmecompile.errors import CaptureError, GradientError
-from fmecompile.runtime.exclusion import EXCLUSION
+from fmecompile.runtime.exclusion import EXCLUSION, traced_here_only
 from fmecompile.runtime.executable import Executable
 from fmecompile.runtime.fingerprint import Fingerprint
 from fmecompile.runtime.signature import Call, fake_mode_of, flatten_call
@@ -62,7 +63,10 @@ class Dispatcher:
         self._warned: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if EXCLUSION.is_capturing_here or (torch.compiler.is_compiling() and not EXCLUSION.is_capturing):
+        if EXCLUSION.is_capturing_here:
+            with traced_here_only():
+                return self.eager(*args, **kwargs)
+        if torch.compiler.is_compiling() and not EXCLUSION.is_capturing:
             return self.eager(*args, **kwargs)
         if self.module.training or (torch.is_grad_enabled() and self._needs_gradients(args, kwargs)):
             return self._pass_through(args, kwargs)
@@ -97,7 +101,7 @@ class Dispatcher:
 
     def _compile(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable | None:
         patched = vars(self.module).get("forward")
-        self.unpatch()
+        vars(self.module)["forward"] = self._as_function()
         try:
             program, record = self._compiler(self.module, args, kwargs)
         except CaptureError as error:
@@ -106,8 +110,7 @@ class Dispatcher:
             self.refused[call.key] = error
             return None
         finally:
-            if patched is not None:
-                vars(self.module)["forward"] = patched
+            self._put_back(patched)
             self._fingerprint = Fingerprint(self.module, frozenset({"forward"}))
         self._programs[call.key] = program
         self.records[call.key] = record
@@ -119,7 +122,8 @@ class Dispatcher:
     def _eagerly(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that could not be captured. One that fails eagerly too was a wrong call: nothing to warn of."""
         try:
-            output = self.eager(*args, **kwargs)
+            with EXCLUSION.run():
+                output = self.eager(*args, **kwargs)
         except BaseException:
             self.refused.pop(call.key, None)
             raise
@@ -133,10 +137,22 @@ class Dispatcher:
 
     def unpatch(self) -> None:
         """Put back the ``forward`` that was there before."""
-        if self._previous is None:
+        self._put_back(self._previous)
+
+    def _put_back(self, forward: Any) -> None:
+        if forward is None:
             vars(self.module).pop("forward", None)
         else:
-            vars(self.module)["forward"] = self._previous
+            vars(self.module)["forward"] = forward
+
+    def _as_function(self) -> Callable[..., Any]:
+        """What torch captures: it wants a function; and a call from another thread must still find this dispatcher."""
+
+        @functools.wraps(self.eager)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs)
+
+        return forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Dispatcher:
         """A copied module gets a dispatcher of its own, with nothing compiled."""
@@ -181,7 +197,8 @@ class Dispatcher:
         if self.strict:
             raise GradientError(f"the optimized {type(self.module).__name__} {why}", next_step=next_step)
         self._warn("gradients", f"fmecompile runs eagerly because {type(self.module).__name__} {why}; {next_step}")
-        return self.eager(*args, **kwargs)
+        with EXCLUSION.run():
+            return self.eager(*args, **kwargs)
 
     def _warn(self, topic: str, message: str) -> None:
         if topic not in self._warned:

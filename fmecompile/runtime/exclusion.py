@@ -7,16 +7,21 @@ whole process; a program that ran in another thread at that moment would see bot
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from torch import nn
 
 
 class Exclusion:
-    """Many runs at a time, or one capture. A capture may be nested in a capture of the same thread."""
+    """Many runs at a time, or one capture. Each may be nested in the other within one thread."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._runs = 0
+        self._runs: Counter[int] = Counter()
         self._capturing: int | None = None
 
     @property
@@ -30,30 +35,65 @@ class Exclusion:
 
     @contextmanager
     def run(self) -> Iterator[None]:
+        me = threading.get_ident()
         with self._changed:
-            self._changed.wait_for(lambda: self._capturing in (None, threading.get_ident()))
-            self._runs += 1
+            self._changed.wait_for(lambda: self._capturing in (None, me))
+            self._runs[me] += 1
         try:
             yield
         finally:
             with self._changed:
-                self._runs -= 1
+                self._runs[me] -= 1
+                self._runs += Counter()  # drops the threads that run nothing
                 self._changed.notify_all()
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        if self.is_capturing_here:
+        """Wait for every run of another thread. A run of this one is suspended, so two that wait do not lock up."""
+        me = threading.get_ident()
+        if self._capturing == me:
             yield
             return
         with self._changed:
-            self._changed.wait_for(lambda: self._capturing is None and self._runs == 0)
-            self._capturing = threading.get_ident()
+            suspended = self._runs.pop(me, 0)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._capturing is None and not self._runs)
+            self._capturing = me
         try:
             yield
         finally:
             with self._changed:
                 self._capturing = None
+                if suspended:
+                    self._runs[me] = suspended
                 self._changed.notify_all()
 
 
 EXCLUSION = Exclusion()
+
+
+@contextmanager
+def traced_here_only() -> Iterator[None]:
+    """Give modules called in other threads their plain ``__call__`` while torch traces through it in this one.
+
+    The tracer keeps one stack of the modules it is in; a call from another thread would push and pop there too.
+    """
+    traced = nn.Module.__call__
+    if traced is _PLAIN_CALL:
+        yield
+        return
+    me = threading.get_ident()
+
+    @wraps(traced)
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        chosen = traced if threading.get_ident() == me else _PLAIN_CALL
+        return chosen(module, *args, **kwargs)
+
+    nn.Module.__call__ = call
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = traced
+
+
+_PLAIN_CALL = nn.Module.__call__
