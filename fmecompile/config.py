@@ -8,7 +8,7 @@ from fmecompile.errors import OptionError
 
 
 def min_trip_bytes() -> int:
-    """The least working set of one chunk trip, in bytes: smaller chunks cost more in calls than they save.
+    """The least working set of one chunk trip, in bytes: smaller chunks cost more in calls than they save. 0: no limit.
 
     4 MiB by default; ``FMECOMPILE_MIN_TRIP_BYTES`` overrides it. Loops of real sizes work on tens of MiB a trip.
     """

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import ceil
 
 from fmecompile.analysis.axes import GraphAxes
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.partition.region import Region, atom_strides
 
 MAX_TRIPS = 1024
+MAX_WEIGHT_SHARE = 8
+"""Bytes of weights that a trip may read for each byte it makes; above that, chunks cost more time than they save."""
 MAX_REACH = 200
 """A group spans at most this many operators; search time stays linear in the size of the graph."""
 
@@ -27,7 +30,8 @@ class Candidate:
     """Operators ``[start, stop)`` as one loop nest (``nest`` empty: run whole, one after another).
 
     ``base_bytes`` is what is held whole during the loop; ``moments`` are (fixed, sliced) bytes of one trip, sliced
-    being what a trip over the whole last atom would hold. ``known`` holds exact peaks, once measured, by chunk size.
+    being what a trip over the whole last atom would hold. ``makes`` is (fixed, sliced) of all that a trip makes, and
+    ``weight_bytes`` what it reads of the model. ``known`` holds exact peaks, once measured, by chunk size.
     """
 
     start: int
@@ -38,6 +42,8 @@ class Candidate:
     outer_trips: int = 1
     size: int = 1
     least_chunk: int = 1
+    weight_bytes: int = 0
+    makes: tuple[int, int] = (0, 0)
     known: dict[int, int] = field(default_factory=dict)
 
     def peak_bytes(self, chunk: int) -> int:
@@ -82,7 +88,7 @@ def _hidden(region: Region, p: int, start: int) -> int:
 
 
 def candidates(region: Region, axes: GraphAxes, start: int, min_trip_bytes: int = 0) -> Iterator[Candidate]:
-    """All groups that begin at ``start`` whose trips can work on ``min_trip_bytes`` or more."""
+    """All groups that begin at ``start`` whose trips do enough work; with 0 every trip does."""
     for nest in nests(region, axes, start):
         for candidate in _walk(region, start, nest):
             candidate.least_chunk = _least_chunk(candidate, min_trip_bytes)
@@ -91,11 +97,23 @@ def candidates(region: Region, axes: GraphAxes, start: int, min_trip_bytes: int 
 
 
 def _least_chunk(candidate: Candidate, min_trip_bytes: int) -> int:
-    """The fewest rows a trip whose working set reaches ``min_trip_bytes``; more than there are when none does."""
-    if candidate.trip_bytes(1) >= min_trip_bytes:
+    """The fewest rows a trip that does enough work; more than there are when even all of them do not.
+
+    A trip works on ``min_trip_bytes``, and makes at least one byte for every ``MAX_WEIGHT_SHARE`` of weights that it
+    reads once more.
+    """
+    if not min_trip_bytes:
         return 1
-    needed = [-(-(min_trip_bytes - fixed) * candidate.size // sliced) for fixed, sliced in candidate.moments if sliced]
-    return int(min(needed, default=candidate.size + 1))
+    works = min(_rows(moment, min_trip_bytes, candidate.size) for moment in candidate.moments)
+    return max(works, _rows(candidate.makes, candidate.weight_bytes / MAX_WEIGHT_SHARE, candidate.size))
+
+
+def _rows(share: tuple[int, int], needed: float, size: int) -> int:
+    """The fewest rows with which (fixed, sliced) bytes reach ``needed``."""
+    fixed, sliced = share
+    if fixed >= needed:
+        return 1
+    return ceil((needed - fixed) * size / sliced) if sliced else size + 1
 
 
 def nests(region: Region, axes: GraphAxes, start: int) -> list[Nest]:
@@ -186,6 +204,8 @@ class _Trip:
         self.dying: list[int] = []
         self.has_loop = False
         self.outer_trips = 1
+        self.weight_bytes = 0
+        self.makes = (0, 0)
         for atom in nest[:-1]:
             self.outer_trips *= region.sizes[atom]
 
@@ -203,6 +223,8 @@ class _Trip:
             fixed, sliced = self._split(p, region.nbytes[p])
             extra_fixed, extra_sliced = self._split(p, hidden)
             self.fixed, self.sliced = self.fixed + fixed, self.sliced + sliced
+            self.weight_bytes += region.weight_bytes[p]
+            self.makes = (self.makes[0] + fixed, self.makes[1] + sliced)
             self._moment(self.fixed + extra_fixed, self.sliced + extra_sliced)
             if region.owner[p] == p:
                 self.share[p] = (fixed, sliced)
@@ -253,6 +275,8 @@ class _Trip:
             tuple(self.moments),
             self.outer_trips,
             region.sizes[self.inner],
+            weight_bytes=self.weight_bytes,
+            makes=self.makes,
         )
 
     def _whole_nest(self, position: int) -> bool:

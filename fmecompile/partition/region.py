@@ -32,6 +32,7 @@ class Region:
     carries: list[frozenset[int]]
     barred: list[frozenset[int]]
     reads: list[tuple[Read, ...]]
+    weight_bytes: list[int]
     owner: list[int]
     nbytes: tuple[int, ...]
     hidden: list[int]
@@ -68,6 +69,7 @@ def region(storages: Storages, axes: GraphAxes) -> Region:
         carries=[axes[node].carries if node in axes.nodes else empty for node in nodes],
         barred=[axes[node].barred if node in axes.nodes else empty for node in nodes],
         reads=reads,
+        weight_bytes=[_weight_bytes(node) for node in nodes],
         owner=owner,
         nbytes=storages.nbytes,
         hidden=list(storages.hidden),
@@ -85,6 +87,12 @@ def _read(use: object, storages: Storages) -> Read:
     node: fx.Node = use.node  # type: ignore[attr-defined]
     root = storages.roots.get(node, node)
     return Read(storages.position.get(node, -1), storages.position.get(root, -1), use.reduced)  # type: ignore[attr-defined]
+
+
+def _weight_bytes(node: fx.Node) -> int:
+    """Bytes of graph inputs, nearly all weights, that a call reads."""
+    specs = [node_spec(n) for n in node.all_input_nodes if n.op == "placeholder"]
+    return sum(spec.numel * spec.dtype.itemsize for spec in specs if isinstance(spec, TensorSpec))
 
 
 def _statistics_of(node: fx.Node, position: dict[fx.Node, int]) -> int:

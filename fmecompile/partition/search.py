@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from fmecompile.partition.candidates import Candidate
 
-KNEE = 1.04
-"""The default plan takes the fewest trips among plans within 4 % of the least peak."""
+KNEE = 1.03
+"""The default plan takes the fewest trips among plans within 3 % of the least peak."""
 
 
 @dataclass(frozen=True)
