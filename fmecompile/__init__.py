@@ -2,6 +2,7 @@
 
 from fmecompile.api import explain, is_optimized, optimize, plan, restore, stages
 from fmecompile.errors import (
+    BudgetInfeasible,
     CaptureError,
     FmeError,
     GradientError,
@@ -14,6 +15,7 @@ from fmecompile.graph.plan import Plan
 from fmecompile.runtime.measure import Measurement, measure
 
 __all__ = [
+    "BudgetInfeasible",
     "CaptureError",
     "FmeError",
     "GradientError",

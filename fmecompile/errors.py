@@ -28,6 +28,21 @@ class OptionError(FmeError, ValueError):
     """An option has a value that is not understood, or not supported yet."""
 
 
+class BudgetInfeasible(FmeError, MemoryError):
+    """No plan holds as little as was asked for. ``floor_bytes`` is the least that was found, ``allowed_bytes`` the
+    limit; both count the same things (activations, or everything on the device once a door has added the rest)."""
+
+    def __init__(
+        self, floor_bytes: int, allowed_bytes: int, *, fact: str = "", place: str = "", next_step: str = ""
+    ) -> None:
+        self.floor_bytes, self.allowed_bytes = floor_bytes, allowed_bytes
+        gib = 2**30
+        said = (
+            f"{allowed_bytes / gib:.3f} GiB are allowed, the least that any plan holds is {floor_bytes / gib:.3f} GiB"
+        )
+        super().__init__(fact or said, place=place, next_step=next_step)
+
+
 class GradientError(FmeError, RuntimeError):
     """An optimized module was called in a way that needs gradients; fmecompile is for inference."""
 

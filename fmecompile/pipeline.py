@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -21,6 +21,7 @@ from fmecompile.analysis.memory import Projection, project
 from fmecompile.analysis.verify import measured_peak_bytes
 from fmecompile.capture.example import Example
 from fmecompile.capture.export import capture
+from fmecompile.errors import BudgetInfeasible
 from fmecompile.graph import edit
 from fmecompile.graph.group import Group
 from fmecompile.graph.invariants import check
@@ -50,6 +51,10 @@ PASSES = (
     TwoPassNorm(),
     # then: partition (the search), chunk-loops (the rewrite by its plan), fuse-norm
 )
+
+
+MAX_REPAIRS = 3
+"""How often a plan that holds more on fake tensors than it said is made again under a lower limit."""
 
 
 @dataclass
@@ -84,18 +89,35 @@ def compile_module(
     kwargs: dict[str, Any],
     *,
     saved: Sequence[Plan] = (),
+    limit_bytes: int | None = None,
     observe: Observe | None = None,
 ) -> tuple[Compiled, Plan]:
     """Capture, normalise, partition and rewrite one call of ``module``. A matching plan in ``saved`` spares the search.
 
-    Raises CaptureError when the module cannot be captured; whatever cannot be sliced afterwards is only a barrier.
+    ``limit_bytes`` is what activations may hold at most; None takes the default plan.
+
+    Raises:
+        CaptureError: the module cannot be captured; whatever cannot be sliced afterwards is only a barrier.
+        BudgetInfeasible: every plan holds more than ``limit_bytes``.
     """
-    compilation = Compilation(capture(module, args, kwargs))
-    return compile_program(compilation, saved, observe)
+    limit = limit_bytes
+    for _ in range(MAX_REPAIRS):
+        compiled, plan = compile_program(Compilation(capture(module, args, kwargs)), saved, limit, observe)
+        if limit is None or limit_bytes is None or plan.projected_peak_bytes <= limit_bytes:
+            break
+        limit -= 2 * (plan.projected_peak_bytes - limit_bytes)  # the check on fake tensors found more: ask for less
+    if limit_bytes is None:
+        return compiled, plan
+    if plan.projected_peak_bytes > limit_bytes:
+        raise BudgetInfeasible(plan.projected_peak_bytes, limit_bytes)
+    return compiled, replace(plan, allowed_bytes=limit_bytes)
 
 
 def compile_program(
-    compilation: Compilation, saved: Sequence[Plan] = (), observe: Observe | None = None
+    compilation: Compilation,
+    saved: Sequence[Plan] = (),
+    limit_bytes: int | None = None,
+    observe: Observe | None = None,
 ) -> tuple[Compiled, Plan]:
     """Everything after capture."""
     program, facts = compilation.program, compilation.facts
@@ -113,7 +135,8 @@ def compile_program(
         done(pass_name(item), note)
     partitioner = Partitioner(program, facts)
     key = _key(program)
-    answer = replay(partitioner, key, saved) or partitioner.search()
+    small = [p for p in saved if limit_bytes is None or p.projected_peak_bytes <= limit_bytes]
+    answer = replay(partitioner, key, small) or partitioner.search(limit_bytes)
     compilation.groups = {f"chunk_loop_{k}": group for k, group in enumerate(answer.groups)}
     planned = describe(partitioner, answer)
     done("partition", f"{len(answer.groups)} groups, {sum(g.trips for g in planned)} chunk trips")

@@ -13,6 +13,7 @@ from fmecompile.analysis.axes import GraphAxes, propagate
 from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.storages import Storages, storages
 from fmecompile.config import min_trip_bytes
+from fmecompile.errors import BudgetInfeasible
 from fmecompile.graph.group import Group
 from fmecompile.graph.invariants import module_path
 from fmecompile.graph.plan import Barrier
@@ -58,15 +59,20 @@ class Partitioner:
         self.region: Region = region(self.storages, self.axes)
         self.builder = Builder(self.region, self.storages, self.axes, facts)
 
-    def search(self) -> Answer:
-        """The default plan: the fewest trips among plans near the least peak (the knee)."""
+    def search(self, limit_bytes: int | None = None) -> Answer:
+        """The plan with the fewest trips that hold at most ``limit_bytes``; by default near the least peak (the knee).
+
+        Raises BudgetInfeasible when every plan holds more; its ``floor_bytes`` are what the best one holds.
+        """
         stops = self.region.boundaries[1:]
         if not self.region.nodes:
-            return Answer((), 0, 0)
+            return Answer((), 0, limit_bytes or 0)
         table = self._candidates()
         for _ in range(MAX_ROUNDS):
             floor = least_limit(table, stops)
-            allowed = floor * KNEE
+            if limit_bytes is not None and floor > limit_bytes:
+                raise BudgetInfeasible(int(floor), limit_bytes)
+            allowed = floor * KNEE if limit_bytes is None else limit_bytes
             plan = cheapest(table, stops, allowed)
             assert plan is not None
             if all(self._exact(choice) <= allowed for choice in plan if choice.trips):
