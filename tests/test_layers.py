@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("graph",),
     ("report",),
     ("runtime",),
-    ("errors", "config"),
+    ("errors", "config", "budget"),
 )
 
 # (importing module, imported module): why this one import may go upwards.
