@@ -1,7 +1,8 @@
-"""The command line: ``fmecompile demo``."""
+"""The command line: ``fmecompile demo`` and ``fmecompile plan``."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,16 @@ from rich.console import Console
 from rich.table import Table
 
 from fmecompile.demo import DemoRow, Say, run_demo
+from fmecompile.errors import FmeError
+from fmecompile.offline.answer import Answer, answer
+from fmecompile.offline.page import write_answer
+from fmecompile.offline.question import Request, question_of, require_writable
+from fmecompile.offline.terminal import tables
 from fmecompile.pipeline import package_version
 
 app = typer.Typer(help="Video diffusion in a fraction of the activation memory.", no_args_is_help=True)
 MIB = 2**20
+PROCESSES = min(os.cpu_count() or 1, 4)
 
 
 def _version(wanted: bool) -> None:
@@ -52,6 +59,51 @@ def demo(
         typer.echo(f"broken promise: {text}", err=True)
     if broken:
         raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str | None, typer.Option(help="svd, svd-xt, animatediff, animatediff-sdxl, or the path of a diffusers folder.")
+    ] = None,
+    class_name: Annotated[str | None, typer.Option("--class", help="A diffusers model class, with --config.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The config.json of a diffusers model.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the clip; by default as many as usual.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp16, bf16 or fp32.")] = "fp16",
+    guidance: Annotated[bool, typer.Option(help="Guidance doubles the denoiser's batch.")] = True,
+    budget: Annotated[str | None, typer.Option(help="What the device has, such as 8GiB: says what fits.")] = None,
+    sweep: Annotated[str | None, typer.Option(help="frames=8:64, size=256:1024:128, height=... or width=...")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Plan every size of the sweep; estimate none.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Where a self-contained page goes.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Where the figures go as JSON.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that plan at the same time.")] = PROCESSES,
+) -> None:
+    """Tell what a diffusion pipeline needs and what fits a budget: no weights, no GPU, no downloads."""
+    request = Request(model, class_name, config, frames, height, width, dtype, guidance, budget, sweep, exact, jobs)
+    try:
+        require_writable(html, json)
+        question = question_of(request)
+        with _progress() as say:
+            found = answer(question, say)
+    except FmeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    _show(found, html, json)
+
+
+def _show(found: Answer, html: Path | None, json: Path | None) -> None:
+    """Print the tables and write the files that were asked for."""
+    console = Console(width=None if Console().is_terminal else 140)
+    for part in tables(found):
+        console.print(part)
+    if json is not None:
+        found.save(json)
+    if html is not None:
+        write_answer(found, html)
+    for path in (path for path in (html, json) if path is not None):
+        typer.echo(f"written: {path}")
 
 
 @contextmanager

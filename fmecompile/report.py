@@ -54,7 +54,7 @@ def write_plan(plan: Plan, path: Path) -> None:
     """Write the page of one plan: headline, timelines, what is held at the peak, groups, barriers."""
     curves = [Curve("eager", "eager", plan.eager_timeline), Curve("optimized", "ours", plan.timeline)]
     peak = max(plan.projected_peak_bytes, 1)
-    page = _template("plan.html").render(
+    page = template("plan.html").render(
         title="Memory plan",
         plan=plan,
         numbers=_numbers(plan),
@@ -87,7 +87,7 @@ def write_demo(title: str, machine: str, exhibits: Sequence[Exhibit], path: Path
     """
     names = [name for name, _ in exhibits[0].facts]
     columns = [[value for _, value in exhibit.facts] for exhibit in exhibits]
-    page = _template("demo.html").render(
+    page = template("demo.html").render(
         title=title,
         machine=machine,
         exhibits=exhibits,
@@ -104,10 +104,10 @@ def timeline(title: str, curves: Sequence[Curve], marks: Sequence[Mark] = ()) ->
     """
     drawn = [curve for curve in curves if curve.values]
     most = max([KIB, *(max(curve.values) for curve in drawn), *(mark.value for mark in marks)])
-    unit, name = _unit(most)
-    ticks = _ticks(most / unit)
+    unit, name = unit_of(most)
+    ticks = ticks_up_to(most / unit)
     top = ticks[-1] * unit
-    figure = _template("timeline.html").render(
+    figure = template("timeline.html").render(
         title=title,
         width=_WIDTH,
         height=_HEIGHT,
@@ -121,17 +121,18 @@ def timeline(title: str, curves: Sequence[Curve], marks: Sequence[Mark] = ()) ->
 
 def bytes_text(value: int) -> str:
     """Bytes in the largest unit that leaves a digit in front of the point: ``21.7 MiB``, ``3.27 GiB``."""
-    unit, name = _unit(value)
+    unit, name = unit_of(value)
     return f"{value / unit:.{2 if unit == GIB else 1}f} {name}"
 
 
-def _unit(value: int) -> tuple[int, str]:
+def unit_of(value: int) -> tuple[int, str]:
+    """The largest unit that leaves a digit in front of the point: its bytes and its name."""
     if value >= GIB:
         return GIB, "GiB"
     return (MIB, "MiB") if value >= MIB else (KIB, "KiB")
 
 
-def _ticks(most: float) -> list[float]:
+def ticks_up_to(most: float) -> list[float]:
     """Zero and at most five equal steps of 1, 2 or 5 times a power of ten; the last is the first not below ``most``."""
     sizes = [digit * 10.0**power for power in range(-1, 6) for digit in (1, 2, 5)]
     step = next(size for size in sizes if 5 * size >= most)
@@ -151,7 +152,8 @@ def _paths(values: Sequence[int], top: float) -> tuple[str, str]:
     return f"M0 {heights[0]:g} {steps}", f"M0 {_HEIGHT} {steps} V{_HEIGHT} Z"
 
 
-def _template(name: str) -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page of ``templates/``; what is put in is text, never markup, and ``bytes`` is a filter."""
     loader = jinja2.PackageLoader("fmecompile", "templates")
     pages = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -1,0 +1,100 @@
+"""The report as tables of a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fmecompile.offline import wording
+from fmecompile.offline.answer import Answer
+from fmecompile.report import GIB, bytes_text
+
+
+def tables(answer: Answer) -> Iterator[RenderableType]:
+    """What to print, from top to bottom. Byte columns are GiB."""
+    yield Text(wording.headline(answer), style="bold")
+    yield _calls(answer)
+    yield _components(answer)
+    if answer.largest:
+        yield _largest(answer)
+    if answer.sweep:
+        yield _sweep(answer)
+    yield from (Text(line) for line in (*wording.conclusion(answer), *answer.notes))
+
+
+def _table(title: str, first: str, *heads: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True, vertical="bottom")
+    for head in heads:
+        table.add_column(head, justify="right", overflow="fold", vertical="bottom")
+    return table
+
+
+def _calls(answer: Answer) -> Table:
+    """Activations of each call, then everything on the device while it runs."""
+    ways = [f"{place}\n{word}" for place in ("resident", "offload") for word in wording.COLUMNS.values()]
+    table = _table(
+        "GiB: activations, then everything on the device", "call", "inputs", *wording.COLUMNS.values(), *ways
+    )
+    for call in answer.calls:
+        activations = [gib(call.activation_bytes[column]) for column in wording.COLUMNS]
+        totals = [
+            _judged(answer, call.total_bytes[residence][column])
+            for residence in wording.RESIDENCES
+            for column in wording.COLUMNS
+        ]
+        table.add_row(call.name, gib(call.input_bytes), *activations, *totals)
+    return table
+
+
+def _components(answer: Answer) -> Table:
+    table = _table("Weights", "component", "GiB", "class")
+    for row in answer.components:
+        table.add_row(row.name, "unknown" if row.weight_bytes is None else gib(row.weight_bytes), row.class_name)
+    return table
+
+
+def _largest(answer: Answer) -> Table:
+    assert answer.budget_bytes is not None
+    title = f"The largest clip in {bytes_text(answer.budget_bytes)} (~ is an estimate; others were planned)"
+    table = _table(title, "weights", "what grows", "optimized", "decided by", "eager")
+    for found in answer.largest:
+        table.add_row(
+            wording.RESIDENCES[found.residence],
+            "frames" if found.axis == "frames" else "height x width",
+            wording.limit_text(found),
+            found.bottleneck,
+            wording.eager_limit_text(found),
+        )
+    return table
+
+
+def _sweep(answer: Answer) -> Table:
+    """Optimized activations of each call, and what the whole pipeline needs."""
+    calls = [f"{call.name}\noptimized" for call in answer.calls]
+    ways = [f"{place}\n{word}" for place in ("resident", "offload") for word in wording.COLUMNS.values()]
+    table = _table("Sweep, GiB (~ is an estimate between sizes that were planned)", answer.sweep_axis, *calls, *ways)
+    for row in answer.sweep:
+        totals = [
+            _judged(answer, row.total_bytes[residence][column])
+            for residence in wording.RESIDENCES
+            for column in wording.COLUMNS
+        ]
+        table.add_row(wording.row_text(answer, row), *(gib(row.planned_bytes[c.name]) for c in answer.calls), *totals)
+    return table
+
+
+def _judged(answer: Answer, total_bytes: int) -> Text:
+    """A total in green or red, by the budget."""
+    if answer.budget_bytes is None:
+        return Text(gib(total_bytes))
+    return Text(gib(total_bytes), style="green" if total_bytes <= answer.budget_bytes else "red")
+
+
+def gib(value: int) -> str:
+    """GiB with two digits after the point, three below a tenth."""
+    return f"{value / GIB:.{3 if value < GIB / 10 else 2}f}"
