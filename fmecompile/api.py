@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,18 +11,20 @@ from rich.console import Console
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fmecompile.backends.eager import eager_compiler
+from fmecompile.backends.eager import EagerCompiler
 from fmecompile.capture.example import Example, eager_measurement
-from fmecompile.capture.families import SCALAR_INPUTS
+from fmecompile.capture.families import COMPONENTS, SCALAR_INPUTS, is_pipeline, parts
+from fmecompile.capture.shell import Shell
 from fmecompile.errors import OptionError, TargetError
-from fmecompile.explain import Explanation
+from fmecompile.explain import Explanation, PipelineExplanation
 from fmecompile.graph.plan import Plan
 from fmecompile.graph.printing import readable
 from fmecompile.pipeline import Compilation, Observe, compile_module, finish
-from fmecompile.runtime.dispatch import Dispatcher
+from fmecompile.runtime.dispatch import Dispatcher, find, plain_forward
 from fmecompile.runtime.exclusion import EXCLUSION
+from fmecompile.runtime.whole_clip import WholeClip, can_decode_whole, find_whole_clip
 
-Target = TypeVar("Target", bound=nn.Module)
+Target = TypeVar("Target")
 
 
 def optimize(
@@ -36,18 +38,22 @@ def optimize(
 ) -> Target:
     """Make ``target`` run in a fraction of its activation memory, with the same output. In place; returns ``target``.
 
+    ``target`` is a module, or a diffusion pipeline of diffusers: then its denoiser, its ControlNets and its VAE. A VAE
+    is compiled in its decoder and encoder, by whichever method they are called; a pipeline then decodes whole clips,
+    whatever its ``decode_chunk_size``.
+
     Returns at once: the first call of each input signature captures and plans. ``strict`` turns every fall-back to
     eager into an error. ``plan`` is a saved plan; where it matches, the search is skipped. Optimizing again replaces
     the options and drops what was compiled.
 
     For inference: a module in training mode, or one that is called where gradients are needed, runs eagerly with one
-    warning (GradientError when ``strict``).
+    warning (GradientError when ``strict``). So does one whose inner modules carry hooks, as group offload puts there.
 
     Raises:
-        TargetError: ``target`` is not an ``nn.Module``.
+        TargetError: ``target`` is no ``nn.Module`` and no pipeline that has a model to optimize.
         OptionError: an option has a value that is not supported.
     """
-    _require_module(target, "optimize")
+    found = _parts(target, "optimize")
     _refuse(
         memory_budget is not None, "memory_budget", memory_budget, "leave it out: the default plan is near the floor"
     )
@@ -55,26 +61,59 @@ def optimize(
     _refuse(backend != "eager", "backend", backend, "use backend='eager'")
     if plan is not None and not isinstance(plan, Plan):
         raise OptionError(f"plan is a {type(plan).__name__}", next_step="pass fmecompile.Plan.load(path)")
-    restore(target)
-    compiler = eager_compiler(() if plan is None else (plan,), _progress)
-    dispatcher = Dispatcher(target, target.forward, compiler, strict=strict, scalars=SCALAR_INPUTS)
-    dispatcher.patch()
+    compiler = EagerCompiler(() if plan is None else (plan,), _progress)
+    fresh = [
+        Dispatcher(module, plain_forward(module), compiler, strict=strict, scalars=SCALAR_INPUTS)
+        for module in found.values()
+    ]
+    _install(target, fresh)
     return target
+
+
+def _install(target: object, fresh: list[Dispatcher]) -> None:
+    """Patch all or nothing."""
+    with ExitStack() as undo:
+        for dispatcher in fresh:
+            before = find(dispatcher.module)
+            undo.callback(dispatcher.unpatch if before is None else before.patch)
+            dispatcher.patch()
+        clip = _whole_clip(target)
+        if clip is not None:
+            clip.patch()
+        undo.pop_all()
+
+
+def _whole_clip(target: object) -> WholeClip | None:
+    """A new stand-in for how a pipeline decodes; None where it has no optimized decoder, or has a stand-in."""
+    decoder = _decoder(target)
+    if decoder is None or find_whole_clip(target) is not None or not can_decode_whole(target):
+        return None
+    return WholeClip(target, decoder)
+
+
+def _decoder(pipeline: object) -> nn.Module | None:
+    return parts(pipeline).get("vae.decoder") if is_pipeline(pipeline) else None
 
 
 def restore(target: Target) -> Target:
     """Put ``target`` back exactly as it was and drop what was compiled. Does nothing to what was never optimized."""
-    _require_module(target, "restore")
-    dispatcher = _find(target)
-    if dispatcher is not None:
-        dispatcher.unpatch()
-        dispatcher.forget()
+    for module in _parts(target, "restore").values():
+        dispatcher = find(module)
+        if dispatcher is not None:
+            dispatcher.unpatch()
+            dispatcher.forget()
+    clip = find_whole_clip(target)
+    if clip is not None:
+        clip.unpatch()
     return target
 
 
 def is_optimized(target: object) -> bool:
-    """Whether ``target`` runs through fmecompile."""
-    return isinstance(target, nn.Module) and _find(target) is not None
+    """Whether ``target`` runs through fmecompile: of a pipeline, every part that ``optimize`` would take."""
+    if not isinstance(target, nn.Module) and not is_pipeline(target):
+        return False
+    found = parts(target).values()
+    return bool(found) and all(find(module) is not None for module in found)
 
 
 def plan(target: nn.Module, *args: Any, memory_budget: object = None, **kwargs: Any) -> Plan:
@@ -84,20 +123,21 @@ def plan(target: nn.Module, *args: Any, memory_budget: object = None, **kwargs: 
         TargetError: ``target`` is not an ``nn.Module``.
         CaptureError: it cannot be captured for these arguments.
     """
-    _require_module(target, "plan")
+    module = _module(target, "plan")
     _refuse(memory_budget is not None, "memory_budget", memory_budget, "leave it out")
     example = Example.of(args, kwargs)
-    with _as_it_was(target):
-        made = _compile(target, example)
-        eager = eager_measurement(target, example)
+    shell = Shell(module, plain_forward(module))
+    made = _compile(shell, example)
+    with EXCLUSION.capture():
+        eager = eager_measurement(shell, example)
     return replace(made, eager_peak_bytes=eager.peak_bytes, eager_timeline=thinned(eager.timeline))
 
 
-def _compile(target: nn.Module, example: Example, observe: Observe | None = None) -> Plan:
+def _compile(shell: Shell, example: Example, observe: Observe | None = None) -> Plan:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = example.materialise(mode)
     with EXCLUSION.capture(), mode:
-        return compile_module(target, args, kwargs, observe=observe)[1]
+        return compile_module(shell, args, kwargs, observe=observe)[1]
 
 
 def thinned(timeline: tuple[int, ...], points: int = 2000) -> tuple[int, ...]:
@@ -106,14 +146,32 @@ def thinned(timeline: tuple[int, ...], points: int = 2000) -> tuple[int, ...]:
     return tuple(max(timeline[i : i + step]) for i in range(0, len(timeline), step))
 
 
-def explain(target: nn.Module) -> Explanation:
-    """What was done to an optimized module and why, and what was refused and why. Print it.
+def explain(target: object) -> Explanation | PipelineExplanation:
+    """What was done to an optimized module or pipeline and why, and what was refused and why. Print it.
 
-    Raises TargetError when ``target`` is not optimized.
+    Raises TargetError when nothing of ``target`` is optimized.
     """
-    dispatcher = _dispatcher(target, "explain")
+    found = {path: find(module) for path, module in _parts(target, "explain").items()}
+    if not any(found.values()):
+        raise _not_optimized(target)
+    told = {path: None if d is None else _explanation(d) for path, d in found.items()}
+    only = told.get("")
+    return only if only is not None else PipelineExplanation(type(target).__name__, told, _decoding(target))
+
+
+def _explanation(dispatcher: Dispatcher) -> Explanation:
     refused = tuple(str(error) for error in dispatcher.refused.values())
-    return Explanation(type(target).__name__, tuple(dispatcher.records.values()), refused)
+    return Explanation(type(dispatcher.module).__name__, tuple(dispatcher.records.values()), refused)
+
+
+def _decoding(target: object) -> str:
+    clip = find_whole_clip(target)
+    if clip is None:
+        return ""
+    if clip.refused is not None:
+        return f"decode_chunk_size frames at a time, because {clip.refused}"
+    unused = f"; decode_chunk_size={clip.overridden} is not used" if clip.overridden is not None else ""
+    return f"the whole clip in one call of the decoder{unused}"
 
 
 class Stage(NamedTuple):
@@ -133,7 +191,10 @@ def stages(target: nn.Module) -> list[Stage]:
 
     Raises TargetError when ``target`` is not optimized or was never called.
     """
-    dispatcher = _dispatcher(target, "stages")
+    module = _module(target, "stages")
+    dispatcher = find(module)
+    if dispatcher is None:
+        raise _not_optimized(target)
     if not dispatcher.records:
         raise TargetError(f"this {type(target).__name__} was not called yet", next_step="call it once, then ask again")
     found: list[Stage] = []
@@ -141,43 +202,11 @@ def stages(target: nn.Module) -> list[Stage]:
     def observe(name: str, compilation: Compilation) -> None:
         graph = fx.Graph()
         graph.output(graph.graph_copy(compilation.program.graph, {}))
-        module = fx.GraphModule(finish(compilation).graph_module, graph, class_name=name.replace("-", "_"))
-        found.append(Stage(name, readable(module), compilation.project().peak_bytes, module))
+        stage = fx.GraphModule(finish(compilation).graph_module, graph, class_name=name.replace("-", "_"))
+        found.append(Stage(name, readable(stage), compilation.project().peak_bytes, stage))
 
-    with _as_it_was(target):
-        _compile(target, next(reversed(dispatcher.records.values())).example, observe)
+    _compile(Shell(module, dispatcher.eager), next(reversed(dispatcher.records.values())).example, observe)
     return found
-
-
-def _dispatcher(target: object, door: str) -> Dispatcher:
-    _require_module(target, door)
-    assert isinstance(target, nn.Module)
-    dispatcher = _find(target)
-    if dispatcher is None:
-        raise TargetError(
-            f"this {type(target).__name__} is not optimized", next_step="call fmecompile.optimize(module) first"
-        )
-    return dispatcher
-
-
-def _find(target: nn.Module) -> Dispatcher | None:
-    """The dispatcher that stands in for ``target.forward``; the module itself is the only register there is."""
-    forward = vars(target).get("forward")
-    return forward if isinstance(forward, Dispatcher) else None
-
-
-@contextmanager
-def _as_it_was(target: nn.Module) -> Iterator[None]:
-    """The module without its dispatcher, for the time of a capture."""
-    dispatcher = _find(target)
-    if dispatcher is None:
-        yield
-        return
-    dispatcher.unpatch()
-    try:
-        yield
-    finally:
-        dispatcher.patch()
 
 
 @contextmanager
@@ -191,15 +220,44 @@ def _progress(name: str) -> Iterator[Any]:
         yield lambda stage: status.update(f"fmecompile: {name}: {stage} done")
 
 
-def _require_module(target: object, door: str) -> None:
-    if isinstance(target, nn.Module):
-        return
-    if hasattr(target, "unet") or hasattr(target, "transformer"):
+def _parts(target: object, door: str) -> dict[str, nn.Module]:
+    """The parts of a module or pipeline, at least one."""
+    if not isinstance(target, nn.Module) and not is_pipeline(target):
         raise TargetError(
-            f"{door} takes a module; {type(target).__name__} is a diffusion pipeline",
-            next_step=f"call fmecompile.{door}(pipe.unet)",
+            f"{door} takes an nn.Module or a diffusion pipeline, not {type(target).__name__}",
+            next_step="pass the model itself",
+        )
+    found = parts(target)
+    for path, module in found.items():
+        if hasattr(module, "_orig_mod"):
+            raise TargetError(
+                f"{path or 'the target'} was given to torch.compile",
+                next_step=f"{door} the module itself, or use torch.compile(module, backend='fmecompile') alone",
+            )
+    if not found:
+        raise TargetError(
+            f"this {type(target).__name__} has nothing to {door}: none of {', '.join(COMPONENTS)} is a module",
+            next_step="load the pipeline with its models, or pass the model itself",
+        )
+    return found
+
+
+def _module(target: object, door: str) -> nn.Module:
+    if isinstance(target, nn.Module):
+        return target
+    if is_pipeline(target):
+        path = next(iter(parts(target)), COMPONENTS[0])
+        raise TargetError(
+            f"{door} takes one module; {type(target).__name__} is a diffusion pipeline",
+            next_step=f"call fmecompile.{door}(pipe.{path})",
         )
     raise TargetError(f"{door} takes an nn.Module, not {type(target).__name__}", next_step="pass the model itself")
+
+
+def _not_optimized(target: object) -> TargetError:
+    return TargetError(
+        f"this {type(target).__name__} is not optimized", next_step="call fmecompile.optimize(module) first"
+    )
 
 
 def _refuse(condition: bool, option: str, value: object, next_step: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fmecompile.pipeline import Record
@@ -26,6 +27,35 @@ class Explanation:
                 lines.append(f"  barrier: {barrier.operator} x{barrier.count}: {barrier.reason} (at {barrier.where})")
             lines += [f"  {name}: {note}" for name, note in record.notes]
         lines += ["", *(f"refused: {text}" for text in self.refused)] if self.refused else []
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True)
+class PipelineExplanation:
+    """One explanation a part, by its path in the target; None for a part that is not optimized. ``decoding`` says how
+    many frames the decoder gets at once, in words.
+    """
+
+    target: str
+    parts: Mapping[str, Explanation | None]
+    decoding: str
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        return tuple(record for part in self.parts.values() if part is not None for record in part.records)
+
+    @property
+    def refused(self) -> tuple[str, ...]:
+        return tuple(text for part in self.parts.values() if part is not None for text in part.refused)
+
+    def __str__(self) -> str:
+        lines = [f"{self.target}: {', '.join(self.parts)}"]
+        lines += [f"decoding: {self.decoding}"] if self.decoding else []
+        for path, part in self.parts.items():
+            lines += ["", f"{path}: {part or 'not optimized'}"]
         return "\n".join(lines)
 
     def __repr__(self) -> str:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch  # noqa: F401  (configures its loggers when it is imported)
 
 # The import mode importlib adds no path; conformance.py and chains.py are shared by several test files.
 sys.path.insert(0, str(Path(__file__).parent))
 
 # Small models have small chunks: without this the search would find nothing worth a loop in them.
 os.environ.setdefault("FMECOMPILE_MIN_TRIP_BYTES", "0")
+
+# Torch describes every tensor it traces to this logger while that has handlers. Pytest gives some to each logger that
+# does not propagate; that makes captures twice as slow.
+logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

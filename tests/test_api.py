@@ -97,7 +97,7 @@ class Pipe:
 
 @pytest.mark.parametrize("door", [fmecompile.optimize, fmecompile.restore, fmecompile.plan, fmecompile.explain])
 @pytest.mark.parametrize(
-    ("target", "hint"), [(3, "the model itself"), (Pipe(), "pipe.unet"), (None, "the model itself")]
+    ("target", "hint"), [(3, "the model itself"), (Pipe(), "unet"), (None, "the model itself")]
 )
 def test_wrong_targets(door: Any, target: Any, hint: str) -> None:
     with pytest.raises(fmecompile.TargetError, match=hint):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fmecompile.backends.eager import eager_compiler
+from fmecompile.backends.eager import EagerCompiler
 from fmecompile.errors import OptionError
 from fmecompile.runtime.dispatch import Dispatcher
 
@@ -26,5 +26,5 @@ def fmecompile_backend(
     for name in options or {}:
         raise OptionError(f"the fmecompile backend has no option {name!r}", next_step="leave options out")
     graph_module.training = False  # Dynamo has already decided what training mode means for its operators
-    dispatcher = Dispatcher(graph_module, graph_module.forward, eager_compiler())
+    dispatcher = Dispatcher(graph_module, graph_module.forward, EagerCompiler())
     return torch.compiler.disable(dispatcher)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from fmecompile.capture.example import Example
+from fmecompile.capture.shell import Shell
 from fmecompile.graph.plan import Plan
 from fmecompile.pipeline import Compilation, Record, compile_module
-from fmecompile.runtime.dispatch import Compiler
 from fmecompile.runtime.executable import Executable
 
 Progress = Callable[[str], AbstractContextManager[Callable[[str], None]]]
@@ -22,19 +23,23 @@ def silent(_: str) -> AbstractContextManager[Callable[[str], None]]:
     return nullcontext(lambda stage: None)
 
 
-def eager_compiler(saved: Sequence[Plan] = (), progress: Progress = silent) -> Compiler:
-    """A compiler callback for the dispatcher. ``saved`` plans spare the search where they match."""
+@dataclass(frozen=True)
+class EagerCompiler:
+    """The compiler callback of a dispatcher. ``saved`` plans spare the search where they match."""
 
-    def compiler(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Executable, Record]:
+    saved: tuple[Plan, ...] = ()
+    progress: Progress = silent
+
+    def __call__(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Executable, Record]:
         example = Example.of(args, kwargs)
         notes: list[tuple[str, str]] = []
-        with progress(type(module).__name__) as shown:
+        with self.progress(type(module).__name__) as shown:
 
             def observe(name: str, compilation: Compilation) -> None:
                 notes.append(compilation.notes[-1])
                 shown(name)
 
-            compiled, plan = compile_module(module, args, kwargs, saved=saved, observe=observe)
+            compiled, plan = compile_module(Shell(module, forward), args, kwargs, saved=self.saved, observe=observe)
         return Executable(compiled, module), Record(plan, example, tuple(notes))
-
-    return compiler

@@ -17,6 +17,8 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind
 
+from fmecompile.capture.shell import Shell, inner_name, stripped
+from fmecompile.capture.unchanged import unchanged
 from fmecompile.errors import CaptureError
 from fmecompile.graph.program import Binding, Input, Literal, Program, Weight
 from fmecompile.graph.specs import SPEC, spec_of
@@ -27,24 +29,28 @@ _NEXT = "rewrite the line so that it does not depend on tensor values; without s
 def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     """Capture one call of ``module``. Works on real and on fake tensors; nothing is computed.
 
+    Of a :class:`Shell`, weights and module paths are named as in the module inside it.
+
     Raises:
         CaptureError: control flow that depends on data, a mutated buffer or input, or any other failure of export.
     """
-    exported = functional(export(module, args, kwargs))
-    return program_of(exported)
+    program = program_of(functional(export(module, args, kwargs)))
+    if isinstance(module, Shell):
+        _strip(program)
+    return program
 
 
 def export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
     """``torch.export`` without gradients, its errors turned into :class:`CaptureError`."""
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), unchanged(module), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(module, args, kwargs, strict=False)
     except Exception as error:
-        place = source_line(error) or type(module).__name__
+        name = inner_name(module)
         raise CaptureError(
-            f"torch.export could not capture {type(module).__name__}: {_first_line(error)}",
-            place=place,
+            f"torch.export could not capture {name}: {_first_line(error)}",
+            place=source_line(error) or name,
             next_step=_NEXT,
         ) from error
 
@@ -86,6 +92,14 @@ def program_of(exported: ExportedProgram) -> Program:
     assert out_spec is not None
     literals = {name: value for name, value in exported.constants.items() if isinstance(value, torch.Tensor)}
     return Program(graph, bindings, out_spec, literals)
+
+
+def _strip(program: Program) -> None:
+    """Names in the shell become names in the module."""
+    program.bindings[:] = [Weight(stripped(b.name)) if isinstance(b, Weight) else b for b in program.bindings]
+    for node in program.graph.nodes:
+        if stack := node.meta.get("nn_module_stack"):
+            node.meta["nn_module_stack"] = {key: (stripped(path), kind) for key, (path, kind) in stack.items()}
 
 
 def _binding(spec: InputSpec, leaf: int) -> Binding:

@@ -7,14 +7,13 @@ This is the one place that holds run-time state of an optimized module. Nothing 
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import nullcontext
-from types import MethodType
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,20 +24,53 @@ from fmecompile.errors import CaptureError, GradientError
 from fmecompile.runtime.exclusion import EXCLUSION, traced_here_only
 from fmecompile.runtime.executable import Executable
 from fmecompile.runtime.fingerprint import Fingerprint
+from fmecompile.runtime.hooks import HOOK_PLACES, hook_inside, innermost, places
 from fmecompile.runtime.signature import Call, fake_mode_of, flatten_call
 
 MAX_PROGRAMS = 8
-"""Programs kept for one module; the least recently used goes first."""
+"""Programs kept for one module; the least recently used goes first. As many refusals are remembered."""
 
-Compiler = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Executable, Any]]
+Compiler = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], tuple[Executable, Any]]
+"""``compiler(module, forward, args, kwargs)`` compiles one call of ``forward``, the plain method of ``module``."""
+
+_COMPILED_ONLY: ContextVar[bool] = ContextVar("compiled_only", default=False)
+
+
+@contextmanager
+def compiled_only() -> Iterator[None]:
+    """Calls of optimized modules in here run compiled or raise, as with ``strict``."""
+    token = _COMPILED_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _COMPILED_ONLY.reset(token)
 
 
 class Dispatcher:
     """Callable that runs the compiled program of a call's signature, compiling at the first call of each.
 
-    Falls back to the eager ``forward`` with one warning when the module cannot be captured, when gradients are needed,
-    or while something else traces the module; ``strict`` turns the first two into errors.
+    Falls back to the eager ``forward`` with one warning when the module cannot be captured, when hooks act inside it,
+    when gradients are needed, or while something else traces the module; ``strict`` turns all but the last into errors.
+    ``situation`` tells what else a program depends on, apart from the call and the module.
     """
+
+    # No __dict__: functools.update_wrapper would copy it into the hooks that wrap this.
+    __slots__ = (
+        "__weakref__",
+        "_compiler",
+        "_fingerprint",
+        "_lock",
+        "_programs",
+        "_scalars",
+        "_situation",
+        "_warned",
+        "_was_absent",
+        "eager",
+        "module",
+        "records",
+        "refused",
+        "strict",
+    )
 
     def __init__(
         self,
@@ -48,6 +80,7 @@ class Dispatcher:
         *,
         strict: bool = False,
         scalars: frozenset[str] = frozenset(),
+        situation: Callable[[], Hashable] = tuple,
     ) -> None:
         self.module = module
         self.eager = eager
@@ -55,12 +88,18 @@ class Dispatcher:
         self.records: OrderedDict[Any, Any] = OrderedDict()
         self.refused: OrderedDict[Any, CaptureError] = OrderedDict()
         self._compiler = compiler
+        self._situation = situation
         self._scalars = _scalar_places(eager, scalars)
-        self._previous = vars(module).get("forward")
+        self._was_absent = "forward" not in vars(module)
         self._programs: OrderedDict[Any, Executable] = OrderedDict()
         self._fingerprint: Fingerprint | None = None
         self._lock = threading.RLock()
         self._warned: set[str] = set()
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """Gives this the signature of the module's own ``forward``."""
+        return self.eager
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if EXCLUSION.is_capturing_here:
@@ -71,7 +110,7 @@ class Dispatcher:
         if self.module.training or (torch.is_grad_enabled() and self._needs_gradients(args, kwargs)):
             return self._pass_through(args, kwargs)
         args, kwargs = self._as_tensors(args, kwargs)
-        call = flatten_call(args, kwargs)
+        call = flatten_call(args, kwargs, self._situation())
         program = self._program(call, args, kwargs)
         if program is None:
             return self._eagerly(call, args, kwargs)
@@ -100,66 +139,87 @@ class Dispatcher:
         return program
 
     def _compile(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable | None:
-        patched = vars(self.module).get("forward")
-        vars(self.module)["forward"] = self._as_function()
         try:
-            program, record = self._compiler(self.module, args, kwargs)
+            self._refuse_hooks()
+            program, record = self._compiler(self.module, self.eager, args, kwargs)
         except CaptureError as error:
-            if self.strict:
-                raise
             self.refused[call.key] = error
+            _keep_latest(self.refused)
+            if self._must_compile:
+                raise
             return None
         finally:
-            self._put_back(patched)
-            self._fingerprint = Fingerprint(self.module, frozenset({"forward"}))
+            self._fingerprint = Fingerprint(self.module, HOOK_PLACES)
         self._programs[call.key] = program
         self.records[call.key] = record
-        while len(self._programs) > MAX_PROGRAMS:
-            oldest, _ = self._programs.popitem(last=False)
-            self.records.pop(oldest, None)
+        _keep_latest(self._programs)
+        for gone in self.records.keys() - self._programs.keys():
+            del self.records[gone]
         return program
+
+    def _refuse_hooks(self) -> None:
+        hook = hook_inside(self.module)
+        if hook:
+            raise CaptureError(
+                f"{hook}, which a compiled program would not call",
+                next_step="remove the hooks; to offload, call enable_model_cpu_offload(), which hooks whole models",
+            )
+
+    @property
+    def _must_compile(self) -> bool:
+        return self.strict or _COMPILED_ONLY.get()
 
     def _eagerly(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that could not be captured. One that fails eagerly too was a wrong call: nothing to warn of."""
+        error = self.refused.get(call.key)
+        if error is not None and self._must_compile:
+            raise error
         try:
             with EXCLUSION.run():
                 output = self.eager(*args, **kwargs)
         except BaseException:
             self.refused.pop(call.key, None)
             raise
-        if (error := self.refused.get(call.key)) is not None:
+        if error is not None:
             self._warn("capture", f"fmecompile leaves {type(self.module).__name__} eager: {error}")
         return output
 
     def patch(self) -> None:
-        """Stand in for ``module.forward``."""
-        vars(self.module)["forward"] = self
+        """Stand in for ``module.forward``, inside the hooks around it; takes the place of an earlier dispatcher."""
+        place = innermost(self.module)
+        if isinstance(place.held, Dispatcher):
+            self._was_absent = place.held._was_absent
+        else:
+            self._was_absent = place.name not in place.table
+        self._put(self)
 
     def unpatch(self) -> None:
-        """Put back the ``forward`` that was there before."""
-        self._put_back(self._previous)
+        """Put back the ``forward`` that was there before; hooks around it stay."""
+        if find(self.module) is self:
+            self._put(self.eager)
 
-    def _put_back(self, forward: Any) -> None:
-        if forward is None:
-            vars(self.module).pop("forward", None)
+    def _put(self, stand_in: Callable[..., Any]) -> None:
+        *around, place = places(self.module)
+        held = place.held
+        if stand_in is self.eager and self._was_absent and place.name == "forward" and place.table is vars(self.module):
+            del place.table[place.name]
         else:
-            vars(self.module)["forward"] = forward
-
-    def _as_function(self) -> Callable[..., Any]:
-        """What torch captures: it wants a function; and a call from another thread must still find this dispatcher."""
-
-        @functools.wraps(self.eager)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self(*args, **kwargs)
-
-        return forward
+            place.table[place.name] = stand_in
+        for hook in around:
+            if isinstance(getattr(hook.held, "__wrapped__", None), Dispatcher) and hook.held.__wrapped__ is held:
+                hook.held.__wrapped__ = stand_in
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Dispatcher:
         """A copied module gets a dispatcher of its own, with nothing compiled."""
-        module = memo[id(self.module)]
-        eager = copy.deepcopy(self._previous, memo) or MethodType(type(module).forward, module)
-        twin = Dispatcher(module, eager, self._compiler, strict=self.strict, scalars=frozenset(self._scalars))
-        twin._previous = None if self._previous is None else eager
+        twin = Dispatcher(
+            memo[id(self.module)],
+            copy.deepcopy(self.eager, memo),
+            copy.deepcopy(self._compiler, memo),
+            strict=self.strict,
+            scalars=frozenset(self._scalars),
+            situation=copy.deepcopy(self._situation, memo),
+        )
+        twin._was_absent = self._was_absent
         return twin
 
     def __reduce__(self) -> Any:
@@ -174,7 +234,7 @@ class Dispatcher:
             self._programs.clear()
             self.records.clear()
             self.refused.clear()
-            self._fingerprint = Fingerprint(self.module, frozenset({"forward"}))
+            self._fingerprint = Fingerprint(self.module, HOOK_PLACES)
 
     def _as_tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Turn numbers that change at every call (timesteps) into 0-d tensors, else each step would recapture."""
@@ -194,7 +254,7 @@ class Dispatcher:
     def _pass_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         why = "is in training mode" if self.module.training else "was called with gradients enabled"
         next_step = "call module.eval() and wrap the call in torch.no_grad()"
-        if self.strict:
+        if self._must_compile:
             raise GradientError(f"the optimized {type(self.module).__name__} {why}", next_step=next_step)
         self._warn("gradients", f"fmecompile runs eagerly because {type(self.module).__name__} {why}; {next_step}")
         with EXCLUSION.run():
@@ -204,6 +264,25 @@ class Dispatcher:
         if topic not in self._warned:
             self._warned.add(topic)
             warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def find(module: nn.Module) -> Dispatcher | None:
+    """The dispatcher in the chain of ``module.forward``; the module itself is the only register there is."""
+    held = innermost(module).held
+    return held if isinstance(held, Dispatcher) else None
+
+
+def plain_forward(module: nn.Module) -> Callable[..., Any]:
+    """The ``forward`` that computes, without hooks around it and without a dispatcher in its place."""
+    held = innermost(module).held
+    if held is None:
+        return module.forward
+    return held.eager if isinstance(held, Dispatcher) else held
+
+
+def _keep_latest(kept: OrderedDict[Any, Any]) -> None:
+    while len(kept) > MAX_PROGRAMS:
+        kept.popitem(last=False)
 
 
 def _scalar_places(forward: Callable[..., Any], names: frozenset[str]) -> dict[str, int]:

@@ -48,9 +48,10 @@ class Executable:
             return tree_unflatten(list(self._forward(*operands)), self._compiled.out_spec)
 
     def _made_in(self, mode: Any) -> dict[str, tuple[torch.Tensor, ...]]:
-        """Literals and constants: made on first use, once for real tensors and once for each fake mode."""
+        """Literals and constants: made on first use, once for real tensors and once for the latest fake mode."""
         key = None if mode is None else weakref.ref(mode)
         if key not in self._made:
+            self._made = {known: made for known, made in self._made.items() if known is None}
             literals, graph = self._compiled.literals, self._compiled.constants
             if mode is not None:
                 literals = tuple(mode.from_tensor(t) for t in literals)

@@ -15,15 +15,16 @@ from torch import nn
 
 _CONTAINERS = (dict, list, set)
 _TABLES = ("_modules", "_parameters", "_buffers")
-_dtype = operator.attrgetter("dtype")
-_device = operator.attrgetter("device")
+_KINDS = (*map(operator.attrgetter, ("dtype", "device", "shape")), torch.Tensor.stride)
+"""What a program is specialised to in a weight. Shapes change when adapters of another rank are swapped in."""
 
 
 class Fingerprint:
     """The structure of ``module`` at one moment; :meth:`holds` tells whether it still is so.
 
     Compares, for each sub-module, its attribute dictionary (identities first, so unchanged attributes cost nothing),
-    its containers, and the dtype and device of its weights. ``ignore`` names attributes of the root that may change.
+    its containers, and the dtype, device, shape and strides of its weights. ``ignore`` names attributes of the root
+    that may change.
     """
 
     def __init__(self, module: nn.Module, ignore: frozenset[str] = frozenset()) -> None:
@@ -36,15 +37,15 @@ class Fingerprint:
         held = [value for m in modules for value in _containers(m, ignore if m is module else frozenset())]
         self._containers = held
         self._saved_containers = [value.copy() for value in held]
-        self._weights = [d for m in modules for d in (m._parameters, m._buffers) if d]
+        self._weights = [d for m in modules for d in (m._parameters, m._buffers)]
         self._saved_weights = self._weight_kinds()
 
     def _own_state(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self._root).items() if name not in self._ignored}
 
-    def _weight_kinds(self) -> tuple[list[Any], list[Any]]:
+    def _weight_kinds(self) -> tuple[list[Any], ...]:
         tensors = [t for weights in self._weights for t in weights.values() if t is not None]
-        return list(map(_dtype, tensors)), list(map(_device, tensors))
+        return tuple(list(map(kind, tensors)) for kind in _KINDS)
 
     def holds(self) -> bool:
         """Whether the module still has the structure it had."""

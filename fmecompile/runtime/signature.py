@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,12 @@ class Call(NamedTuple):
     key: tuple[Any, ...]
 
 
-def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Flatten ``(args, kwargs)``. Tensors enter the key by shape, strides, dtype and device, other leaves by value."""
+def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any], situation: Hashable = ()) -> Call:
+    """Flatten ``(args, kwargs)``. Tensors enter the key by shape, strides, dtype and device, other leaves by value;
+    ``situation`` is whatever else the program depends on.
+    """
     leaves, spec = tree_flatten((args, kwargs))
-    return Call(leaves, spec, (spec, *map(_leaf_key, leaves)))
+    return Call(leaves, spec, (spec, situation, *map(_leaf_key, leaves)))
 
 
 def _leaf_key(leaf: Any) -> Any:
