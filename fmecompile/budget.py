@@ -1,8 +1,11 @@
-"""Amounts of memory as people write them: ``8GiB``, ``7.5 GB``, ``512 MiB``, or a whole number of bytes."""
+"""Amounts of memory as people write them: ``8GiB``, ``7.5 GB``, ``512 MiB``, or a whole number of bytes; and what such
+an amount is spent on.
+"""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from decimal import Decimal
 
 from fmecompile.errors import OptionError
@@ -43,3 +46,47 @@ def _amount(text: str) -> int:
     if not unit and not number.isdecimal():
         raise OptionError(f"{text!r} is not a whole number of bytes", next_step=_NEXT_STEP)
     return int(Decimal(number) * UNIT_BYTES[unit.upper()])
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What a budget is made of at one call, in bytes; what is left is for activations.
+
+    ``residents`` are the other parts of a diffusion pipeline on the same device, by name. ``workspace_bytes`` is what
+    the device's libraries hold beside tensors.
+    """
+
+    budget_bytes: int
+    weight_bytes: int
+    input_bytes: int
+    residents: tuple[tuple[str, int], ...] = ()
+    workspace_bytes: int = 0
+
+    @property
+    def owners(self) -> tuple[tuple[str, int], ...]:
+        """Everything but activations, by name; nothing of no bytes."""
+        named = (
+            ("weights", self.weight_bytes),
+            ("inputs", self.input_bytes),
+            *self.residents,
+            ("library workspaces", self.workspace_bytes),
+        )
+        return tuple((name, size) for name, size in named if size)
+
+    @property
+    def taken_bytes(self) -> int:
+        return sum(size for _, size in self.owners)
+
+    @property
+    def activation_bytes(self) -> int:
+        """What activations may hold; negative where the rest is too much already."""
+        return self.budget_bytes - self.taken_bytes
+
+    def __str__(self) -> str:
+        held = ", ".join(f"{name} {mib(size)}" for name, size in self.owners)
+        return f"budget {mib(self.budget_bytes)}: {held}; {mib(self.activation_bytes)} left for activations"
+
+
+def mib(size_bytes: int) -> str:
+    """``12.3 MiB``; small amounts keep three digits."""
+    return f"{size_bytes / 2**20:.{1 if abs(size_bytes) >= 10 * 2**20 else 3}f} MiB"

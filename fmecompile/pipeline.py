@@ -19,6 +19,7 @@ from torch import fx, nn
 from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.memory import Projection, project
 from fmecompile.analysis.verify import measured_peak_bytes
+from fmecompile.budget import Allowance
 from fmecompile.capture.example import Example
 from fmecompile.capture.export import capture
 from fmecompile.errors import BudgetInfeasible
@@ -76,11 +77,14 @@ Observe = Callable[[str, Compilation], None]
 
 @dataclass(frozen=True)
 class Record:
-    """One compiled signature of a module: its plan, the call it was made for, and what every stage said."""
+    """One compiled signature of a module: its plan, the call it was made for, what every stage said, and what its
+    budget was made of, if it had one.
+    """
 
     plan: Plan
     example: Example
     notes: tuple[tuple[str, str], ...]
+    allowance: Allowance | None = None
 
 
 def compile_module(
