@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fmecompile.backends.budgeted import Budget, compile_budgeted
 from fmecompile.backends.eager import EagerCompiler
 from fmecompile.capture.example import Example, eager_measurement
 from fmecompile.capture.families import COMPONENTS, SCALAR_INPUTS, is_pipeline, parts
@@ -19,7 +20,7 @@ from fmecompile.errors import OptionError, TargetError
 from fmecompile.explain import Explanation, PipelineExplanation
 from fmecompile.graph.plan import Plan
 from fmecompile.graph.printing import readable
-from fmecompile.pipeline import Compilation, Observe, compile_module, finish
+from fmecompile.pipeline import Compilation, Observe, finish
 from fmecompile.runtime.dispatch import Dispatcher, find, plain_forward
 from fmecompile.runtime.exclusion import EXCLUSION
 from fmecompile.runtime.whole_clip import WholeClip, can_decode_whole, find_whole_clip
@@ -42,6 +43,10 @@ def optimize(
     is compiled in its decoder and encoder, by whichever method they are called; a pipeline then decodes whole clips,
     whatever its ``decode_chunk_size``.
 
+    ``memory_budget`` bounds what is on the device while it runs: ``"8GiB"``, bytes, or a fraction of the device as a
+    float. Weights, inputs and activations count, and of a pipeline every other component that is on the device at that
+    moment. The plan is the one with the fewest chunk trips that meets it; by default, one near the floor.
+
     Returns at once: the first call of each input signature captures and plans. ``strict`` turns every fall-back to
     eager into an error. ``plan`` is a saved plan; where it matches, the search is skipped. Optimizing again replaces
     the options and drops what was compiled.
@@ -52,22 +57,24 @@ def optimize(
     Raises:
         TargetError: ``target`` is no ``nn.Module`` and no pipeline that has a model to optimize.
         OptionError: an option has a value that is not supported.
+        BudgetInfeasible: the weights alone exceed the budget. The first call raises it where the rest does.
     """
     found = _parts(target, "optimize")
-    _refuse(
-        memory_budget is not None, "memory_budget", memory_budget, "leave it out: the default plan is near the floor"
-    )
     _refuse(reuse is not None, "reuse", reuse, "leave it out: without reuse the output is the same")
     _refuse(backend != "eager", "backend", backend, "use backend='eager'")
     if plan is not None and not isinstance(plan, Plan):
         raise OptionError(f"plan is a {type(plan).__name__}", next_step="pass fmecompile.Plan.load(path)")
-    compiler = EagerCompiler(() if plan is None else (plan,), _progress)
-    fresh = [
-        Dispatcher(module, plain_forward(module), compiler, strict=strict, scalars=SCALAR_INPUTS)
-        for module in found.values()
-    ]
-    _install(target, fresh)
+    budget = None if memory_budget is None else Budget.of(memory_budget, target)
+    if budget is not None:
+        budget.require_weights(found)
+    compiler = EagerCompiler(() if plan is None else (plan,), _progress, budget)
+    _install(target, [_dispatcher(module, compiler, strict) for module in found.values()])
     return target
+
+
+def _dispatcher(module: nn.Module, compiler: EagerCompiler, strict: bool) -> Dispatcher:
+    eager = plain_forward(module)
+    return Dispatcher(module, eager, compiler, strict=strict, scalars=SCALAR_INPUTS, situation=compiler.situation)
 
 
 def _install(target: object, fresh: list[Dispatcher]) -> None:
@@ -119,25 +126,29 @@ def is_optimized(target: object) -> bool:
 def plan(target: nn.Module, *args: Any, memory_budget: object = None, **kwargs: Any) -> Plan:
     """The plan for one call of ``target``, without side effects and without data: weights and inputs may be fake.
 
+    ``memory_budget`` bounds weights, inputs and activations together, as for ``optimize``.
+
     Raises:
         TargetError: ``target`` is not an ``nn.Module``.
         CaptureError: it cannot be captured for these arguments.
+        OptionError: the budget is no amount, or a fraction of a device that does not tell its memory.
+        BudgetInfeasible: no plan meets the budget.
     """
     module = _module(target, "plan")
-    _refuse(memory_budget is not None, "memory_budget", memory_budget, "leave it out")
+    budget = None if memory_budget is None else Budget.of(memory_budget)
     example = Example.of(args, kwargs)
     shell = Shell(module, plain_forward(module))
-    made = _compile(shell, example)
+    made = _compile(shell, example, budget=budget)
     with EXCLUSION.capture():
         eager = eager_measurement(shell, example)
     return replace(made, eager_peak_bytes=eager.peak_bytes, eager_timeline=thinned(eager.timeline))
 
 
-def _compile(shell: Shell, example: Example, observe: Observe | None = None) -> Plan:
+def _compile(shell: Shell, example: Example, observe: Observe | None = None, budget: Budget | None = None) -> Plan:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = example.materialise(mode)
     with EXCLUSION.capture(), mode:
-        return compile_module(shell, args, kwargs, observe=observe)[1]
+        return compile_budgeted(shell, args, kwargs, budget, observe=observe)[1]
 
 
 def thinned(timeline: tuple[int, ...], points: int = 2000) -> tuple[int, ...]:

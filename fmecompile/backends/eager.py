@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from fmecompile.backends.budgeted import Budget, compile_budgeted
 from fmecompile.capture.example import Example
 from fmecompile.capture.shell import Shell
 from fmecompile.graph.plan import Plan
-from fmecompile.pipeline import Compilation, Record, compile_module
+from fmecompile.pipeline import Compilation, Record
 from fmecompile.runtime.executable import Executable
 
 Progress = Callable[[str], AbstractContextManager[Callable[[str], None]]]
@@ -25,10 +26,11 @@ def silent(_: str) -> AbstractContextManager[Callable[[str], None]]:
 
 @dataclass(frozen=True)
 class EagerCompiler:
-    """The compiler callback of a dispatcher. ``saved`` plans spare the search where they match."""
+    """The compiler callback of a dispatcher. ``saved`` plans spare the search where they match and fit ``budget``."""
 
     saved: tuple[Plan, ...] = ()
     progress: Progress = silent
+    budget: Budget | None = None
 
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -41,5 +43,12 @@ class EagerCompiler:
                 notes.append(compilation.notes[-1])
                 shown(name)
 
-            compiled, plan = compile_module(Shell(module, forward), args, kwargs, saved=self.saved, observe=observe)
-        return Executable(compiled, module), Record(plan, example, tuple(notes))
+            shell = Shell(module, forward)
+            compiled, plan, allowance = compile_budgeted(
+                shell, args, kwargs, self.budget, saved=self.saved, observe=observe
+            )
+        return Executable(compiled, module), Record(plan, example, tuple(notes), allowance)
+
+    def situation(self) -> Hashable:
+        """What a program depends on apart from the call and the module."""
+        return () if self.budget is None else self.budget.situation()
