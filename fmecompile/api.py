@@ -78,16 +78,19 @@ def _dispatcher(module: nn.Module, compiler: EagerCompiler, strict: bool) -> Dis
 
 
 def _install(target: object, fresh: list[Dispatcher]) -> None:
-    """Patch all or nothing."""
+    """Patch all or nothing; then drop what earlier dispatchers had compiled."""
+    earlier = [find(dispatcher.module) for dispatcher in fresh]
     with ExitStack() as undo:
-        for dispatcher in fresh:
-            before = find(dispatcher.module)
+        for dispatcher, before in zip(fresh, earlier, strict=True):
             undo.callback(dispatcher.unpatch if before is None else before.patch)
             dispatcher.patch()
         clip = _whole_clip(target)
         if clip is not None:
             clip.patch()
         undo.pop_all()
+    for before in earlier:
+        if before is not None:
+            before.forget()
 
 
 def _whole_clip(target: object) -> WholeClip | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import tempfile
@@ -25,6 +26,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+import fmecompile
 from tests.models import seeded
 
 WIDTH = 32
@@ -109,6 +111,17 @@ def video_vae() -> nn.Module:
         sample_size=PIXELS,
     )
     return seeded(model, 4)
+
+
+def motion_adapter() -> nn.Module:
+    """Unused by a UNet that has motion modules already; FreeNoise asks it for the longest clip."""
+    return diffusers.MotionAdapter(
+        block_out_channels=(32,),
+        motion_layers_per_block=1,
+        motion_num_attention_heads=2,
+        motion_norm_num_groups=8,
+        use_motion_mid_block=False,
+    ).eval()
 
 
 def controlnet(seed: int = 5) -> nn.Module:
@@ -204,7 +217,7 @@ def video_parts(unet: Callable[[], nn.Module] = one_level_animatediff) -> dict[s
         "text_encoder": text_encoder(),
         "tokenizer": tokenizer(),
         "unet": unet(),
-        "motion_adapter": None,
+        "motion_adapter": motion_adapter(),
         "scheduler": diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False),
         "feature_extractor": image_processor(),
         "image_encoder": image_encoder(),
@@ -317,3 +330,40 @@ def changes(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]])
 
 def _same(old: Any, new: Any) -> bool:
     return old is new or (isinstance(old, MethodType) and old == new)
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+TOLERANCE = 1e-4
+"""Of the largest value, in float32."""
+
+
+def plans(module: nn.Module) -> list[fmecompile.Plan]:
+    return [record.plan for record in fmecompile.explain(module).records]
+
+
+def calls_of(module: nn.Module, run: Callable[[], Any]) -> tuple[list[tuple[Any, Any]], Any]:
+    """The arguments of every call of ``module`` while ``run()`` runs, and what that returned."""
+    seen: list[tuple[Any, Any]] = []
+    hook = module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    try:
+        return seen, run()
+    finally:
+        hook.remove()
+
+
+def assert_same(fast: Any, plain: Any, **call: Any) -> None:
+    """An optimized pipeline gives the latents of its plain twin, and its denoiser holds no more than its plan says."""
+    call = {"output_type": "latent"} | call
+    seen, got = calls_of(fast.unet, lambda: frames(fast, **call))
+    assert relative(got, frames(plain, **call)) < TOLERANCE
+    args, kwargs = seen[-1]
+    measured = fmecompile.measure(fast.unet, *args, **kwargs).peak_bytes
+    plan = plans(fast.unet)[-1]
+    assert measured <= plan.projected_peak_bytes <= plan.allowed_bytes
+
+
+def twins(build: Callable[[], Any] = animatediff) -> tuple[Any, Any]:
+    """An optimized pipeline, and an equal one that is not."""
+    plain = build()
+    return fmecompile.optimize(copy.deepcopy(plain), strict=True), plain

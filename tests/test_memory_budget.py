@@ -44,12 +44,9 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 @pytest.fixture(autouse=True)
-def no_grad() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def no_grad(one_thread: None) -> Any:
     with torch.no_grad():
         yield
-    torch.set_num_threads(threads)
 
 
 def only_record(module: nn.Module) -> Any:
@@ -163,7 +160,9 @@ def test_the_other_components_count() -> None:
     assert relative(frames(pipe), want) < 1e-4
     unet, decoder = only_record(pipe.unet).allowance, only_record(pipe.vae.decoder).allowance
     assert unet.weight_bytes == weight_bytes(pipe.unet)
-    others = {name: weight_bytes(getattr(pipe, name)) for name in ("vae", "text_encoder", "image_encoder")}
+    others = {
+        name: weight_bytes(getattr(pipe, name)) for name in ("vae", "text_encoder", "image_encoder", "motion_adapter")
+    }
     assert dict(unet.residents) == others
     rest = {"unet": unet.weight_bytes, "vae": others["vae"] - weight_bytes(pipe.vae.decoder)}
     assert dict(decoder.residents) == others | rest

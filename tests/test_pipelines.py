@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -12,10 +11,7 @@ from torch import nn
 
 import fmecompile
 from tests import pipelines
-from tests.pipelines import changes, frames, relative, state
-
-TOLERANCE = 1e-4
-"""Of the largest value, in float32."""
+from tests.pipelines import TOLERANCE, calls_of, changes, frames, plans, relative, state
 
 EVERY = {
     "svd": (pipelines.svd, {"unet", "vae.decoder", "vae.encoder"}),
@@ -27,28 +23,7 @@ EVERY = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for one another cost more than these tiny operators."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def plans(module: nn.Module) -> list[fmecompile.Plan]:
-    return [record.plan for record in fmecompile.explain(module).records]
-
-
-def calls_of(module: nn.Module, run: Callable[[], Any]) -> list[tuple[Any, Any]]:
-    """The arguments of every call of ``module`` while ``run()`` runs."""
-    seen: list[tuple[Any, Any]] = []
-    hook = module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
-    try:
-        run()
-    finally:
-        hook.remove()
-    return seen
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def assert_within_projection(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -67,7 +42,8 @@ def test_a_pipeline_gives_the_same_frames(case: str) -> None:
     assert not fmecompile.is_optimized(pipe)
     assert fmecompile.optimize(pipe, strict=True) is pipe
     assert fmecompile.is_optimized(pipe)
-    denoisings = calls_of(pipe.unet, lambda: None if relative(frames(pipe), want) < TOLERANCE else pytest.fail(case))
+    denoisings, got = calls_of(pipe.unet, lambda: frames(pipe))
+    assert relative(got, want) < TOLERANCE
     told = fmecompile.explain(pipe)
     assert {path for path, part in told.parts.items() if part.records} == compiled
     assert not told.refused
