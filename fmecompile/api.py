@@ -201,7 +201,7 @@ class Stage(NamedTuple):
 
 
 def stages(target: nn.Module) -> list[Stage]:
-    """Every stage of the latest compiled signature of an optimized module, compiled again on fake tensors.
+    """Every stage of the signature that was called last of an optimized module, compiled again on fake tensors.
 
     Raises TargetError when ``target`` is not optimized or was never called.
     """

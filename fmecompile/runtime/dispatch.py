@@ -136,6 +136,7 @@ class Dispatcher:
         program = self._programs.get(call.key)
         if program is not None:
             self._programs.move_to_end(call.key)
+            self.records.move_to_end(call.key)
         return program
 
     def _compile(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable | None:
