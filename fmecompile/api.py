@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fmecompile.backends.budgeted import Budget, compile_budgeted
 from fmecompile.backends.eager import EagerCompiler
 from fmecompile.capture.example import Example, eager_measurement
-from fmecompile.capture.families import COMPONENTS, SCALAR_INPUTS, is_pipeline, parts
+from fmecompile.capture.families import COMPONENTS, DECODER, SCALAR_INPUTS, is_pipeline, parts
 from fmecompile.capture.shell import Shell
 from fmecompile.errors import OptionError, TargetError
 from fmecompile.explain import Explanation, PipelineExplanation
@@ -95,14 +95,9 @@ def _install(target: object, fresh: list[Dispatcher]) -> None:
 
 def _whole_clip(target: object) -> WholeClip | None:
     """A new stand-in for how a pipeline decodes; None where it has no optimized decoder, or has a stand-in."""
-    decoder = _decoder(target)
-    if decoder is None or find_whole_clip(target) is not None or not can_decode_whole(target):
+    if not is_pipeline(target) or DECODER not in parts(target):
         return None
-    return WholeClip(target, decoder)
-
-
-def _decoder(pipeline: object) -> nn.Module | None:
-    return parts(pipeline).get("vae.decoder") if is_pipeline(pipeline) else None
+    return WholeClip(target, DECODER) if find_whole_clip(target) is None and can_decode_whole(target) else None
 
 
 def restore(target: Target) -> Target:

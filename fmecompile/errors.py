@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class FmeError(Exception):
     """Base of every error raised on purpose. ``place`` says where, ``next_step`` what to do about it."""
@@ -14,6 +16,10 @@ class FmeError(Exception):
         if next_step:
             parts.append(f"  next: {next_step}")
         super().__init__("\n".join(parts))
+
+    def detached(self) -> Self:
+        """The same error without its traceback and cause, whose frames hold every tensor of the call."""
+        return type(self)(self.fact, place=self.place, next_step=self.next_step)
 
 
 class CaptureError(FmeError):
@@ -41,6 +47,11 @@ class BudgetInfeasible(FmeError, MemoryError):
             f"{allowed_bytes / gib:.3f} GiB are allowed, the least that any plan holds is {floor_bytes / gib:.3f} GiB"
         )
         super().__init__(fact or said, place=place, next_step=next_step)
+
+    def detached(self) -> Self:
+        return type(self)(
+            self.floor_bytes, self.allowed_bytes, fact=self.fact, place=self.place, next_step=self.next_step
+        )
 
 
 class GradientError(FmeError, RuntimeError):

@@ -150,6 +150,35 @@ def test_workspaces() -> None:
     assert workspace_bytes(torch.device("cuda"), is_real=False) == ASSUMED_WORKSPACE_BYTES
 
 
+def test_an_infeasible_call_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = block(), batch()
+    fmecompile.optimize(module, memory_budget=weight_bytes(module) + 2 * x.nbytes)
+    with pytest.raises(fmecompile.BudgetInfeasible) as first:
+        module(x)
+    monkeypatch.setattr(budgeted, "compile_module", lambda *_, **__: pytest.fail("searched again"))
+    with pytest.raises(fmecompile.BudgetInfeasible) as second:
+        module(x)
+    assert str(first.value) == str(second.value)
+    assert first.value.floor_bytes == second.value.floor_bytes
+
+
+def test_torch_compile_takes_a_budget() -> None:
+    module, x = block(), batch()
+    want = module(x)
+    rest, floor = weight_bytes(module) + x.nbytes, fmecompile.plan(module, x).floor_bytes
+    try:
+        for budget, fits in ((rest + 2 * floor, True), (rest + floor // 2, False)):
+            torch._dynamo.reset()
+            compiled = torch.compile(module, backend="fmecompile", options={"memory_budget": budget})
+            if fits:
+                assert relative(compiled(x), want) < 1e-5
+            else:
+                with pytest.raises(fmecompile.BudgetInfeasible):
+                    compiled(x)
+    finally:
+        torch._dynamo.reset()
+
+
 # ----------------------------------------------------------------------------------------------------------- pipelines
 
 

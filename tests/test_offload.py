@@ -12,6 +12,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import pytest
@@ -296,6 +297,28 @@ def test_old_plans_go_and_nothing_grows() -> None:
             module(torch.ones(rows, 8))
     assert len(fmecompile.explain(module).refused) == MAX_PROGRAMS
     assert sum(program() is not None for program in programs) == 0
+
+
+@torch.no_grad()
+def test_a_refused_call_keeps_no_tensors() -> None:
+    module = fmecompile.optimize(seeded(Small()))
+    module.up.register_forward_hook(lambda *_: None)
+    x = torch.ones(4, 8)
+    seen = weakref.ref(x)
+    with pytest.warns(UserWarning, match="forward hook"):
+        module(x)
+    assert fmecompile.explain(module).refused
+    del x
+    gc.collect()
+    assert seen() is None
+
+
+def test_an_exchanged_vae_keeps_its_chunk_size() -> None:
+    pipe = fmecompile.optimize(pipelines.animatediff(), strict=True)
+    pipe.vae = pipelines.vae()
+    with mock.patch.object(pipe.vae, "decode", wraps=pipe.vae.decode) as decode:
+        pipe.decode_latents(torch.zeros(1, 4, 4, 8, 8), 2)
+    assert [len(call.args[0]) for call in decode.call_args_list] == [2, 2]
 
 
 def test_two_pipelines_share_a_denoiser() -> None:

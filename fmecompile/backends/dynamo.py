@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from fmecompile.backends.budgeted import Budget
 from fmecompile.backends.eager import EagerCompiler
 from fmecompile.errors import OptionError
 from fmecompile.runtime.dispatch import Dispatcher
+
+OPTIONS = ("memory_budget",)
 
 
 def fmecompile_backend(
@@ -19,12 +22,17 @@ def fmecompile_backend(
     """The entry point of the group ``torch_dynamo_backends``.
 
     The graph is captured and planned at its first call, once per input signature, like a module given to ``optimize``.
+    ``options`` may hold a ``memory_budget``, which bounds weights, inputs and activations of each graph.
 
-    Raises OptionError for an unknown option.
+    Raises OptionError for an unknown option, or one with a wrong value.
     """
     del example_inputs
-    for name in options or {}:
-        raise OptionError(f"the fmecompile backend has no option {name!r}", next_step="leave options out")
+    for name in (options or {}).keys() - OPTIONS:
+        raise OptionError(
+            f"the fmecompile backend has no option {name!r}", next_step=f"leave it out; there is {', '.join(OPTIONS)}"
+        )
+    amount = (options or {}).get("memory_budget")
+    budget = None if amount is None else Budget.of(amount, graph_module)
     graph_module.training = False  # Dynamo has already decided what training mode means for its operators
-    dispatcher = Dispatcher(graph_module, graph_module.forward, EagerCompiler())
+    dispatcher = Dispatcher(graph_module, graph_module.forward, EagerCompiler(budget=budget))
     return torch.compiler.disable(dispatcher)

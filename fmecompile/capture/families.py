@@ -18,6 +18,9 @@ COMPONENTS = ("unet", "transformer", "transformer_2", "controlnet", "vae")
 HALVES = ("decoder", "encoder")
 """Sub-modules of an autoencoder that do its work."""
 
+DECODER = "vae.decoder"
+"""The part of a pipeline that turns latents into frames."""
+
 BRANCHES = "nets"
 """Where a module that only sums over ControlNets keeps them."""
 

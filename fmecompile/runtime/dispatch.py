@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from fmecompile.errors import CaptureError, GradientError
+from fmecompile.errors import BudgetInfeasible, CaptureError, FmeError, GradientError
 from fmecompile.runtime.exclusion import EXCLUSION, traced_here_only
 from fmecompile.runtime.executable import Executable
 from fmecompile.runtime.fingerprint import Fingerprint
@@ -86,7 +86,7 @@ class Dispatcher:
         self.eager = eager
         self.strict = strict
         self.records: OrderedDict[Any, Any] = OrderedDict()
-        self.refused: OrderedDict[Any, CaptureError] = OrderedDict()
+        self.refused: OrderedDict[Any, FmeError] = OrderedDict()
         self._compiler = compiler
         self._situation = situation
         self._scalars = _scalar_places(eager, scalars)
@@ -143,10 +143,10 @@ class Dispatcher:
         try:
             self._refuse_hooks()
             program, record = self._compiler(self.module, self.eager, args, kwargs)
-        except CaptureError as error:
-            self.refused[call.key] = error
+        except (CaptureError, BudgetInfeasible) as error:
+            self.refused[call.key] = error.detached()
             _keep_latest(self.refused)
-            if self._must_compile:
+            if self._may_not_be_eager(error):
                 raise
             return None
         finally:
@@ -170,11 +170,15 @@ class Dispatcher:
     def _must_compile(self) -> bool:
         return self.strict or _COMPILED_ONLY.get()
 
+    def _may_not_be_eager(self, error: FmeError) -> bool:
+        """Eager, the module would take more memory than any plan: a budget is no reason to run so."""
+        return self._must_compile or isinstance(error, BudgetInfeasible)
+
     def _eagerly(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that could not be captured. One that fails eagerly too was a wrong call: nothing to warn of."""
         error = self.refused.get(call.key)
-        if error is not None and self._must_compile:
-            raise error
+        if error is not None and self._may_not_be_eager(error):
+            raise error.detached()
         try:
             with EXCLUSION.run():
                 output = self.eager(*args, **kwargs)

@@ -23,17 +23,19 @@ missing, latents are (batch, channels, frames, height, width)."""
 
 
 class WholeClip:
-    """Callable in the place of ``pipeline.decode_latents``. ``overridden`` is the last chunk size that was not used;
-    ``refused`` says why the pipeline's chunk size was used after all; both None until then.
+    """Callable in the place of ``pipeline.decode_latents``; ``path`` is where the pipeline has its decoder.
+
+    ``overridden`` is the last chunk size that was not used; ``refused`` says why the pipeline's chunk size was used
+    after all; both None until then.
     """
 
-    __slots__ = ("__wrapped__", "_decoder", "_pipeline", "_was_absent", "overridden", "refused")
+    __slots__ = ("__wrapped__", "_path", "_pipeline", "_was_absent", "overridden", "refused")
 
-    def __init__(self, pipeline: Any, decoder: nn.Module) -> None:
+    def __init__(self, pipeline: Any, path: str) -> None:
         self.__wrapped__: Callable[..., Any] = pipeline.decode_latents
         self._was_absent = METHOD not in vars(pipeline)
         self._pipeline = pipeline
-        self._decoder = decoder
+        self._path = path
         self.overridden: int | None = None
         self.refused: str | None = None
 
@@ -41,7 +43,7 @@ class WholeClip:
         call = inspect.signature(self.__wrapped__).bind(*args, **kwargs)
         call.apply_defaults()
         asked, frames = call.arguments[CHUNK_SIZE], self._frames(call.arguments)
-        if find(self._decoder) is None or (asked is not None and asked >= frames):
+        if not self._is_compiled or (asked is not None and asked >= frames):
             return self.__wrapped__(*args, **kwargs)
         call.arguments[CHUNK_SIZE] = frames
         try:
@@ -52,6 +54,14 @@ class WholeClip:
             return self.__wrapped__(*args, **kwargs)
         self._tell(asked, frames)
         return decoded
+
+    @property
+    def _is_compiled(self) -> bool:
+        """Whether the decoder that the pipeline has now is optimized; VAEs are exchanged."""
+        decoder = self._pipeline
+        for name in self._path.split("."):
+            decoder = getattr(decoder, name, None)
+        return isinstance(decoder, nn.Module) and find(decoder) is not None
 
     def _frames(self, arguments: dict[str, Any]) -> int:
         """Frames of one clip: two clips in one call of the decoder would be taken for one."""
@@ -87,7 +97,7 @@ class WholeClip:
         twin.__wrapped__ = copy.deepcopy(self.__wrapped__, memo)
         twin._pipeline = memo.get(id(self._pipeline), self._pipeline)
         twin._was_absent = self._was_absent
-        twin._decoder = copy.deepcopy(self._decoder, memo)
+        twin._path = self._path
         twin.overridden = twin.refused = None
         return twin
 
