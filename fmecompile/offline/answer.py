@@ -10,6 +10,7 @@ from pathlib import Path
 import diffusers
 import torch
 
+from fmecompile.backends.budgeted import ASSUMED_WORKSPACE_BYTES
 from fmecompile.offline.calls import Call, calls_of, check_size
 from fmecompile.offline.figures import planner
 from fmecompile.offline.largest import Largest, largest
@@ -19,6 +20,7 @@ from fmecompile.offline.survey import RESIDENCES, Survey
 from fmecompile.offline.sweep import Sweep
 from fmecompile.offline.weights import component_bytes
 from fmecompile.pipeline import package_version
+from fmecompile.report import bytes_text
 
 Columns = Mapping[str, int]
 
@@ -34,14 +36,14 @@ class ComponentRow:
 
 @dataclass(frozen=True)
 class CallRow:
-    """One call. ``activation_bytes`` by column (eager, planned, floor); ``total_bytes`` by residence, then column:
-    everything on the device at the peak of the call. ``weight_bytes`` are its own component's, as it runs."""
+    """One call. ``weight_bytes`` are its own component's, as it runs; ``activation_bytes`` by column (eager, planned,
+    floor); ``total_bytes`` by residence, then column: everything on the device at the peak, workspace included.
+    """
 
     name: str
     component: str
     size: Size
     dtype: str
-    is_compiled: bool
     weight_bytes: int
     input_bytes: int
     activation_bytes: Columns
@@ -155,7 +157,6 @@ def _call_row(call: Call, survey: Survey) -> CallRow:
         component=call.component.name,
         size=call.size,
         dtype=call.dtype,
-        is_compiled=call.is_compiled,
         weight_bytes=survey.ledger.value(call, "weights"),
         input_bytes=survey.ledger.value(call, "inputs"),
         activation_bytes={column: survey.ledger.value(call, column) for column in COLUMNS},
@@ -192,10 +193,10 @@ def _notes(rows: tuple[ComponentRow, ...], calls: list[Call], question: Question
         found.append(f"The weights of {', '.join(unknown)} are not known here and not counted; install transformers.")
     if wide:
         found.append(f"{', '.join(wide)} runs in float32, weights included, as the diffusion pipeline upcasts it.")
-    if any(not call.is_compiled for call in calls):
-        found.append("VAE encode runs as it is, on one image; fmecompile compiles the denoiser and the VAE decode.")
     if any(call.kind == "decode" for call in calls):
-        found.append("The VAE decodes the whole clip at once; a smaller decode_chunk_size holds less.")
+        found.append("The VAE decodes the whole clip at once; eagerly, a smaller decode_chunk_size holds less.")
+    workspace = bytes_text(ASSUMED_WORKSPACE_BYTES)
+    found.append(f"Totals hold {workspace} for what CUDA's libraries take beside tensors: an assumption.")
     return found
 
 

@@ -49,11 +49,6 @@ class Call:
     def name(self) -> str:
         return {"denoise": "denoiser", "decode": "VAE decode", "encode": "VAE encode"}[self.kind]
 
-    @property
-    def is_compiled(self) -> bool:
-        """Whether fmecompile rewrites it; the encoder runs once, on one image, and is left as it is."""
-        return self.kind != "encode"
-
     def at(self, size: Size) -> Call:
         """The same call for another clip; an image is encoded alone, however long the clip gets."""
         return replace(self, size=replace(size, frames=1) if self.kind == "encode" else size)

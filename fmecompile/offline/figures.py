@@ -14,10 +14,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fmecompile.capture.example import Example, eager_measurement
-from fmecompile.errors import BudgetInfeasible, FmeError, OptionError
+from fmecompile.errors import BudgetInfeasible, OptionError
 from fmecompile.graph.specs import TensorSpec
 from fmecompile.offline.calls import Call
 from fmecompile.pipeline import compile_module
+from fmecompile.report import bytes_text
 from fmecompile.runtime.exclusion import EXCLUSION
 
 
@@ -33,7 +34,7 @@ class Job:
     limit_bytes: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.call.name}, {self.call.size}: {'measuring eager' if self.is_eager else 'planning'}"
+        return f"{self.call.name}, {self.call.size}: {'eager' if self.is_eager else 'plan'}"
 
 
 @dataclass(frozen=True)
@@ -62,28 +63,27 @@ def held(job: Job) -> Held:
     part = job.call.part(component)
     with FakeTensorMode():
         example = Example.of(*job.call.inputs(component))
-    peak_bytes, floor_bytes, is_feasible = (_eager if job.is_eager else _planned)(job, part, example)
-    return Held(weight_bytes(component), _input_bytes(example), peak_bytes, floor_bytes, is_feasible)
+    weights, inputs = weight_bytes(component), _input_bytes(example)
+    if job.is_eager:
+        eager_bytes = _eager_bytes(job.call, part, example)
+        return Held(weights, inputs, eager_bytes, eager_bytes)
+    return Held(weights, inputs, *_planned(job, part, example))
 
 
-def _eager(job: Job, part: nn.Module, example: Example) -> tuple[int, int, bool]:
-    """(peak, floor, feasible); eager has no choice, so both are one."""
+def _eager_bytes(call: Call, part: nn.Module, example: Example) -> int:
     try:
         with torch.no_grad():
-            peak_bytes = eager_measurement(part, example).peak_bytes
-    except FmeError:
-        raise
+            return eager_measurement(part, example).peak_bytes
     except Exception as error:  # whatever the model raises at shapes it is not made for
         raise OptionError(
-            f"{job.call.component.class_name} does not run on {job.call.size}: {error}",
-            place=job.call.name,
+            f"{call.component.class_name} does not run on {call.size}: {error}",
+            place=call.name,
             next_step="give multiples of 64 for height and width, and a configuration that belongs to the class",
         ) from error
-    return peak_bytes, peak_bytes, job.limit_bytes is None or peak_bytes <= job.limit_bytes
 
 
 def _planned(job: Job, part: nn.Module, example: Example) -> tuple[int, int, bool]:
-    """(peak, floor, feasible) of the default plan, or of the one with the fewest trips under the limit."""
+    """(peak, floor, is_feasible) of the default plan, or of the one with the fewest trips under the limit."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = example.materialise(mode)
     try:
@@ -114,18 +114,23 @@ class Planner:
     def ask(self, jobs: Sequence[Job]) -> list[Held]:
         """The answers, in order; new jobs run at the same time where there are processes for them."""
         new = [job for job in dict.fromkeys(jobs) if job not in self._known]
+        if self._pool is not None and len(new) > 1:
+            self._spread(self._pool, new)
         for job in new:
-            self._say(str(job))
-        self._known |= dict(zip(new, self._run(new), strict=True))
+            if job not in self._known:
+                self._say(str(job))
+                self._known[job] = held(job)
         return [self._known[job] for job in jobs]
 
-    def _run(self, jobs: list[Job]) -> list[Held]:
-        if self._pool is not None:
-            try:
-                return list(self._pool.map(held, jobs))
-            except BrokenProcessPool:  # a process was killed, for its memory perhaps: one at a time, here
-                self._pool = None
-        return [held(job) for job in jobs]
+    def _spread(self, pool: ProcessPoolExecutor, jobs: list[Job]) -> None:
+        """Answer as many as the processes live for: one may be killed, for its memory perhaps."""
+        self._say(f"{len(jobs)} calls: {jobs[0]}, ...")
+        try:
+            for job, answer in zip(jobs, pool.map(held, jobs), strict=True):
+                self._known[job] = answer
+                self._say(f"{job}: {bytes_text(answer.peak_bytes)}")
+        except BrokenProcessPool:
+            self._pool = None
 
 
 @contextmanager

@@ -21,7 +21,7 @@ class Ledger:
     """Bytes by call, column and size. Columns: ``weights``, ``inputs``, ``eager``, ``planned``, ``floor``.
 
     ``eager``, ``planned`` and ``floor`` are activations: of the unmodified module, of the default plan, and the least
-    that any plan holds. A call that is not compiled has the same in all three.
+    that any plan holds.
     """
 
     def __init__(self) -> None:
@@ -32,10 +32,10 @@ class Ledger:
         columns = {"weights": held.weight_bytes, "inputs": held.input_bytes}
         if job.is_eager:
             columns["eager"] = held.peak_bytes
-        if not (job.is_eager and job.call.is_compiled):
+        else:
             columns["floor"] = held.floor_bytes
-            if job.limit_bytes is None:
-                columns["planned"] = held.peak_bytes
+        if not job.is_eager and job.limit_bytes is None:
+            columns["planned"] = held.peak_bytes
         for column, value in columns.items():
             self._known.setdefault(_key(job.call, column), {})[job.call.size] = value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fmecompile.backends.budgeted import ASSUMED_WORKSPACE_BYTES
 from fmecompile.offline.calls import Call
 from fmecompile.offline.figures import Job, Planner
 from fmecompile.offline.ledger import Ledger
@@ -26,13 +27,13 @@ class Survey:
     def measure(self, sizes: Sequence[Size]) -> None:
         """Compute eager and planned figures of every call at every size."""
         calls = dict.fromkeys(call.at(size) for size in sizes for call in self.calls)
-        # Long ones first, so that no process works alone at the end.
-        planned = sorted((call for call in calls if call.is_compiled), key=lambda call: call.kind != "denoise")
-        self._ask([*(Job(call) for call in planned), *(Job(call, is_eager=True) for call in calls)])
+        # Eager first: what does not run at all shows there. Then long ones, so that no process is alone at the end.
+        planned = sorted(calls, key=lambda call: call.kind != "denoise")
+        self._ask([*(Job(call, is_eager=True) for call in calls), *(Job(call) for call in planned)])
 
     def try_limits(self, questions: Sequence[tuple[Call, int]]) -> list[bool]:
         """Whether each call has a plan that holds at most so many bytes of activations: made, not estimated."""
-        return self._ask([Job(call, not call.is_compiled, max(limit_bytes, 1)) for call, limit_bytes in questions])
+        return self._ask([Job(call, limit_bytes=max(limit_bytes, 1)) for call, limit_bytes in questions])
 
     def _ask(self, jobs: Sequence[Job]) -> list[bool]:
         answers = self.planner.ask(jobs)
@@ -45,10 +46,14 @@ class Survey:
         return all(self.ledger.is_known(call.at(size), "planned") for call in self.calls)
 
     def base_bytes(self, call: Call, residence: str) -> int:
-        """Weights and inputs on the device while ``call`` runs; its own component may run in a wider type."""
+        """All but activations on the device while ``call`` runs: weights, inputs, the workspace of CUDA's libraries.
+
+        Its own component may run in a wider type than when it lies idle.
+        """
         own = self.ledger.value(call, "weights")
         others = sum(size for name, size in self.weights.items() if name != call.component.name)
-        return own + (others if residence == "resident" else 0) + self.ledger.value(call, "inputs")
+        held = own + (others if residence == "resident" else 0)
+        return held + self.ledger.value(call, "inputs") + ASSUMED_WORKSPACE_BYTES
 
     def total_bytes(self, call: Call, column: str, residence: str) -> int:
         """Everything on the device at the peak of ``call``."""
