@@ -218,6 +218,26 @@ def test_a_vae_counts_its_other_half() -> None:
     assert sum(size for _, size in allowance.residents) + allowance.weight_bytes == weight_bytes(vae)
 
 
+def test_what_lies_elsewhere_does_not_count() -> None:
+    """As an offload leaves it: only what is on the device of the running component."""
+    pipe = pipelines.animatediff()
+    budget = Budget.of("1GiB", pipe)
+    here = budget.situation()
+    pipe.image_encoder.to("meta")
+    assert budget.situation() != here  # a plan of before is not taken
+    residents = dict(budget.allowance(pipe.unet, (torch.zeros(1),)).residents)
+    assert "image_encoder" not in residents and "text_encoder" in residents
+
+
+def test_weights_count_in_the_precision_of_the_call() -> None:
+    """Stable Video Diffusion encodes in float32 with a VAE that is kept in half precision."""
+    vae = fmecompile.optimize(pipelines.vae().half(), memory_budget="1GiB", strict=True)
+    vae.float().encode(torch.zeros(1, 3, 16, 16))
+    wide = only_record(vae.encoder).allowance
+    vae.half().encode(torch.zeros(1, 3, 16, 16).half())
+    assert only_record(vae.encoder).allowance.taken_bytes * 2 == wide.taken_bytes
+
+
 def test_shared_weights_count_once() -> None:
     pipe = pipelines.animatediff()
     pipe.text_encoder.shared = pipe.unet.conv_in
