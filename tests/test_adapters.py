@@ -57,14 +57,14 @@ def test_lora_is_scaled_by_the_call_alone() -> None:
         assert_same(fast, plain, cross_attention_kwargs={"scale": scale})
 
 
-@pytest.mark.parametrize("rank", [4, 2], ids=["same-rank", "smaller-rank"])
-def test_lora_is_hotswapped(rank: int) -> None:
+def test_lora_is_hotswapped() -> None:
+    """For one of another rank."""
     fast, plain = twins()
     for pipe in (fast, plain):
         pipe.load_lora_weights(dict(lora(4, 0)), adapter_name="a")
     assert_same(fast, plain)
     for pipe in (fast, plain):
-        pipe.load_lora_weights(dict(lora(rank, 1)), adapter_name="a", hotswap=True)
+        pipe.load_lora_weights(dict(lora(2, 1)), adapter_name="a", hotswap=True)
     assert_same(fast, plain)
 
 

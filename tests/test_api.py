@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fmecompile
-from fmecompile.runtime.dispatch import MAX_PROGRAMS
+from fmecompile.runtime.dispatch import MAX_PROGRAMS, Dispatcher
 from fmecompile.runtime.fingerprint import Fingerprint
 from tests.models import seeded, small_svd, svd_call
 
@@ -96,9 +96,7 @@ class Pipe:
 
 
 @pytest.mark.parametrize("door", [fmecompile.optimize, fmecompile.restore, fmecompile.plan, fmecompile.explain])
-@pytest.mark.parametrize(
-    ("target", "hint"), [(3, "the model itself"), (Pipe(), "unet"), (None, "the model itself")]
-)
+@pytest.mark.parametrize(("target", "hint"), [(3, "the model itself"), (Pipe(), "unet"), (None, "the model itself")])
 def test_wrong_targets(door: Any, target: Any, hint: str) -> None:
     with pytest.raises(fmecompile.TargetError, match=hint):
         door(target)
@@ -155,9 +153,8 @@ def test_weights_are_read_at_each_call() -> None:
         lambda m: setattr(m, "up", nn.Linear(8, 128)),
         lambda m: setattr(m, "up", nn.Sequential(m.up, nn.ReLU())),
         lambda m: m.double().float().half().float(),
-        lambda m: m.register_forward_hook(lambda *_: None),
     ],
-    ids=["attribute", "sub-module", "wrapped", "dtype and back", "hook"],
+    ids=["attribute", "sub-module", "wrapped", "dtype and back"],
 )
 def test_a_change_of_structure_recaptures(change: Any) -> None:
     module = block()
@@ -165,6 +162,28 @@ def test_a_change_of_structure_recaptures(change: Any) -> None:
     module(batch())
     change(module)
     assert torch.allclose(module(batch()), Block.forward(module, batch()), atol=1e-5)
+
+
+def test_a_hook_on_the_module_itself_is_called_and_recaptures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = fmecompile.optimize(block(), strict=True)
+    want = module(batch())
+    (plan,) = plans(module)
+    module.register_forward_hook(lambda _, args, output: output * 2)
+    monkeypatch.setattr(Dispatcher, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert torch.equal(module(batch()), want * 2)
+    assert plans(module) == [plan]
+
+
+def test_attributes_are_the_same_objects_after_a_capture() -> None:
+    """torch.export puts copies of lists back; two modules that share one would no longer do."""
+    module = nn.Sequential(block(), block()).eval()
+    shared = [1.0, {"a": [2]}]
+    module[0].shared = module[1].shared = shared  # type: ignore[assignment]
+    inner = shared[1]
+    fmecompile.optimize(module, strict=True)
+    module(batch())
+    assert module[0].shared is shared and module[1].shared is shared
+    assert shared == [1.0, {"a": [2]}] and shared[1] is inner
 
 
 def test_dtype_change_recaptures() -> None:
@@ -190,6 +209,26 @@ def test_fingerprint_sees_nested_settings() -> None:
     assert not fingerprint.holds()
     fingerprint = Fingerprint(module)
     module[0].table["a"] = 2
+    assert not fingerprint.holds()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m.up.weight, "data", torch.zeros(64, 8)),
+        lambda m: setattr(m.up.weight, "data", torch.zeros(8, 128).t()),
+        lambda m: m.register_parameter("late", nn.Parameter(torch.zeros(1))),
+        lambda m: m.up.register_buffer("late", torch.zeros(1)),
+    ],
+    ids=["shape", "strides", "parameter", "buffer"],
+)
+def test_fingerprint_sees_what_a_weight_is(change: Any) -> None:
+    """Adapters of another rank are swapped in place."""
+    module = block()
+    fingerprint = Fingerprint(module)
+    module.up.weight.data = module.up.weight.data * 2
+    assert fingerprint.holds()
+    change(module)
     assert not fingerprint.holds()
 
 
