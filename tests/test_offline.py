@@ -33,7 +33,6 @@ from fmecompile.offline.model import Component, Model, Size, folder_model, named
 from fmecompile.offline.named import NAMED
 from fmecompile.offline.survey import Survey
 from fmecompile.offline.sweep import Sweep
-from fmecompile.offline.terminal import gib
 from fmecompile.offline.weights import component_bytes
 from fmecompile.offline.wording import limit_text
 from fmecompile.report import bytes_text
@@ -49,10 +48,10 @@ VAE = {
 SVD = {
     "unet": {
         "_class_name": "UNetSpatioTemporalConditionModel",
-        "block_out_channels": [32, 64],
-        "num_attention_heads": [2, 4],
-        "down_block_types": ["CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"],
-        "up_block_types": ["UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"],
+        "block_out_channels": [32],
+        "num_attention_heads": [2],
+        "down_block_types": ["CrossAttnDownBlockSpatioTemporal"],
+        "up_block_types": ["CrossAttnUpBlockSpatioTemporal"],
         "cross_attention_dim": 32,
         "addition_time_embed_dim": 32,
         "projection_class_embeddings_input_dim": 96,
@@ -130,7 +129,7 @@ def run(svd: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A small pipeline with a budget near its optimized need, a sweep, a page and JSON."""
     folder = tmp_path_factory.mktemp("out")
     files = ("--html", folder / "p.html", "--json", folder / "p.json")
-    result = invoke("--model", svd, *SMALL, "--budget", "120MiB", "--sweep", "frames=2:8:2", *files)
+    result = invoke("--model", svd, *SMALL, "--budget", "120MiB", "--sweep", "frames=4:8:2", *files)
     assert result.exit_code == 0, result.output
     data = json.loads((folder / "p.json").read_text(encoding="utf-8"))
     return Run(result, data, (folder / "p.html").read_text(encoding="utf-8"))
@@ -204,7 +203,7 @@ def test_processes_give_the_same(vae: Path) -> None:
     assert alone == spread
 
 
-def test_a_killed_process_is_replaced_by_this_one(vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_is_replaced_by_this_one(vae: Path) -> None:
     class Dead:
         def map(self, *_: Any) -> None:
             raise BrokenProcessPool
@@ -224,14 +223,15 @@ def test_the_largest_clip_fits_and_the_next_does_not(vae: Path) -> None:
         assert found.size is not None and found.is_tried and not found.is_end and found.bottleneck == "VAE decode"
         sizes = line(model, found.axis)
         following = sizes[sizes.index(found.size) + 1]
-        assert least_total(model, found.size, found.residence) <= budget_bytes
-        assert least_total(model, following, found.residence) > 0.98 * budget_bytes
+        assert least_total(model, following) > 0.98 * budget_bytes
         assert found.eager_size is not None and found.eager_size.volume <= found.size.volume
 
 
-def least_total(model: Model, size: Size, residence: str) -> int:
-    """What the device must hold at least, from fresh plans."""
-    return answer(Question(replace(model, size=size), torch.float16)).needed_bytes(residence, "floor")
+def least_total(model: Model, size: Size) -> int:
+    """What the device must hold at least while the VAE decodes, from a fresh plan; all weights are the VAE's."""
+    _, decode = calls_of(model, torch.float16, True)
+    found = held(Job(decode.at(size)))
+    return found.weight_bytes + found.input_bytes + ASSUMED_WORKSPACE_BYTES + found.floor_bytes
 
 
 def test_nothing_fits_a_budget_below_the_weights(vae: Path) -> None:
@@ -349,8 +349,8 @@ def test_bad_sweeps_are_refused(text: str) -> None:
 
 def test_a_sweep_plans_the_ends_and_says_what_is_estimated(run: Run) -> None:
     rows = run.data["sweep"]
-    assert [row["value"] for row in rows] == [2, 4, 6, 8]
-    assert [row["is_planned"] for row in rows] == [True, True, False, True], "4 is the clip that was asked for"
+    assert [row["value"] for row in rows] == [4, 6, 8]
+    assert [row["is_planned"] for row in rows] == [True, False, True]
     eager = [row["total_bytes"]["resident"]["eager"] for row in rows]
     assert eager == sorted(eager)
     assert any(line.startswith(" ~6 ") for line in run.result.stdout.splitlines())
@@ -390,7 +390,7 @@ def test_the_page_stands_alone(run: Run) -> None:
 def test_the_sweep_is_drawn(run: Run) -> None:
     (drawing,) = ElementTree.fromstring(run.page).iter("svg")
     assert {"line eager", "line ours", "mark"} <= {path.get("class") for path in drawing.iter("path")}
-    assert run.page.count('class="dot ours"') == 3, "sizes that were planned"
+    assert run.page.count('class="dot ours"') == 2, "sizes that were planned"
 
 
 def test_bars_share_one_axis(run: Run) -> None:
@@ -414,7 +414,7 @@ def test_the_table_has_a_row_a_call(run: Run) -> None:
     for row in run.data["calls"]:
         (line,) = [line for line in run.result.stdout.splitlines() if line.startswith(f" {row['name']} ")][:1]
         for size in row["total_bytes"]["resident"].values():
-            assert gib(size) in line
+            assert f"{size / MIB:.1f}" in line
 
 
 def test_progress_goes_to_stderr(run: Run) -> None:

@@ -11,11 +11,11 @@ from rich.text import Text
 
 from fmecompile.offline import wording
 from fmecompile.offline.answer import Answer
-from fmecompile.report import GIB, bytes_text
+from fmecompile.report import GIB, bytes_text, unit_of
 
 
 def tables(answer: Answer) -> Iterator[RenderableType]:
-    """What to print, from top to bottom. Byte columns are GiB."""
+    """What to print, from top to bottom. All byte columns are in one unit."""
     yield Text(wording.headline(answer), style="bold")
     yield _calls(answer)
     yield _components(answer)
@@ -38,23 +38,29 @@ def _calls(answer: Answer) -> Table:
     """Activations of each call, then everything on the device while it runs."""
     ways = [f"{place}\n{word}" for place in ("resident", "offload") for word in wording.COLUMNS.values()]
     table = _table(
-        "GiB: activations, then everything on the device", "call", "inputs", *wording.COLUMNS.values(), *ways
+        f"{_unit(answer)[1]}: activations, then everything on the device",
+        "call",
+        "inputs",
+        *wording.COLUMNS.values(),
+        *ways,
     )
     for call in answer.calls:
-        activations = [gib(call.activation_bytes[column]) for column in wording.COLUMNS]
+        activations = [amount(answer, call.activation_bytes[column]) for column in wording.COLUMNS]
         totals = [
             _judged(answer, call.total_bytes[residence][column])
             for residence in wording.RESIDENCES
             for column in wording.COLUMNS
         ]
-        table.add_row(call.name, gib(call.input_bytes), *activations, *totals)
+        table.add_row(call.name, amount(answer, call.input_bytes), *activations, *totals)
     return table
 
 
 def _components(answer: Answer) -> Table:
-    table = _table("Weights", "component", "GiB", "class")
+    table = _table("Weights", "component", _unit(answer)[1], "class")
     for row in answer.components:
-        table.add_row(row.name, "unknown" if row.weight_bytes is None else gib(row.weight_bytes), row.class_name)
+        table.add_row(
+            row.name, "unknown" if row.weight_bytes is None else amount(answer, row.weight_bytes), row.class_name
+        )
     return table
 
 
@@ -77,24 +83,37 @@ def _sweep(answer: Answer) -> Table:
     """Optimized activations of each call, and what the whole pipeline needs."""
     calls = [f"{call.name}\noptimized" for call in answer.calls]
     ways = [f"{place}\n{word}" for place in ("resident", "offload") for word in wording.COLUMNS.values()]
-    table = _table("Sweep, GiB (~ is an estimate between sizes that were planned)", answer.sweep_axis, *calls, *ways)
+    table = _table(
+        f"Sweep, {_unit(answer)[1]} (~ is an estimate between sizes that were planned)",
+        answer.sweep_axis,
+        *calls,
+        *ways,
+    )
     for row in answer.sweep:
         totals = [
             _judged(answer, row.total_bytes[residence][column])
             for residence in wording.RESIDENCES
             for column in wording.COLUMNS
         ]
-        table.add_row(wording.row_text(answer, row), *(gib(row.planned_bytes[c.name]) for c in answer.calls), *totals)
+        table.add_row(
+            wording.row_text(answer, row), *(amount(answer, row.planned_bytes[c.name]) for c in answer.calls), *totals
+        )
     return table
 
 
 def _judged(answer: Answer, total_bytes: int) -> Text:
     """A total in green or red, by the budget."""
     if answer.budget_bytes is None:
-        return Text(gib(total_bytes))
-    return Text(gib(total_bytes), style="green" if total_bytes <= answer.budget_bytes else "red")
+        return Text(amount(answer, total_bytes))
+    return Text(amount(answer, total_bytes), style="green" if total_bytes <= answer.budget_bytes else "red")
 
 
-def gib(value: int) -> str:
-    """GiB with two digits after the point, three below a tenth."""
-    return f"{value / GIB:.{3 if value < GIB / 10 else 2}f}"
+def amount(answer: Answer, value: int) -> str:
+    """``value`` bytes in the unit of the report: two digits after the point for GiB, else one."""
+    unit, _ = _unit(answer)
+    return f"{value / unit:.{2 if unit == GIB else 1}f}"
+
+
+def _unit(answer: Answer) -> tuple[int, str]:
+    """The unit that suits the greatest total."""
+    return unit_of(answer.needed_bytes("resident", "eager"))

@@ -57,4 +57,5 @@ def row_text(answer: Answer, row: SweepRow) -> str:
 
 
 def _size(axis: str, size: Size) -> str:
-    return f"{size.frames} frames" if axis == "frames" else f"{size.height}x{size.width}"
+    plural = "s" if size.frames != 1 else ""
+    return f"{size.frames} frame{plural}" if axis == "frames" else f"{size.height}x{size.width}"
