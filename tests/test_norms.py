@@ -20,7 +20,7 @@ EPS = 1e-5
 def two_pass(
     x: torch.Tensor, groups: int, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = EPS
 ) -> torch.Tensor:
-    return group_norm_apply(x, group_norm_statistics(x, groups, eps), weight, bias)
+    return group_norm_apply(x, group_norm_statistics(group_norm_moments(x, groups), eps), weight, bias)
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:

@@ -101,12 +101,15 @@ class Partitioner:
         """The peak of a choice by building and pricing it; the search is told."""
         candidate = choice.candidate
         group = self.builder.build(candidate.start, candidate.stop, candidate.nest, choice.chunk)
-        peak = self.peak_bytes(candidate.start, group)
-        candidate.known[choice.chunk] = peak
-        return peak
+        candidate.learn(choice.chunk, self._base_bytes(candidate.start, group), group.body_bytes)
+        return candidate.peak_bytes(choice.chunk)
+
+    def _base_bytes(self, start: int, group: Group) -> int:
+        return self.region.live[start] + group.hoisted_bytes + group.output_bytes
 
     def peak_bytes(self, start: int, group: Group) -> int:
-        return self.region.live[start] + group.hoisted_bytes + group.output_bytes + group.body_bytes
+        """What the operators before, in and around a built group hold at most while it runs."""
+        return self._base_bytes(start, group) + group.body_bytes
 
     def _chosen(self, choice: Choice) -> Chosen:
         candidate = choice.candidate

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from torch import fx
 
-from fmecompile.analysis.axes import GraphAxes
+from fmecompile.analysis.axes import GraphAxes, Use
 from fmecompile.analysis.storages import Storages
 from fmecompile.graph.specs import TensorSpec, node_spec
-from fmecompile.runtime.norms import group_norm_apply
+from fmecompile.runtime.norms import group_norm_apply, group_norm_statistics
 
 
 @dataclass(frozen=True)
 class Read:
     """One operand of the call at a position: who produced it (a position, or -1 for a graph input), the position that
-    owns its storage (or -1), and the atoms the call reduces."""
+    owns its storage (or -1), the atoms the call reduces, and by atom the rows of it that the call's halo spans."""
 
     producer: int
     owner: int
     reduced: frozenset[int]
+    halo: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,21 @@ def region(storages: Storages, axes: GraphAxes) -> Region:
     nodes = storages.nodes
     n = len(nodes)
     owner = [position.get(storages.roots[node], -1) for node in nodes]
-    reads = [tuple(_read(use, storages) for use in axes[node].uses) if node in axes.nodes else () for node in nodes]
+    atoms = {atom for facts in axes.nodes.values() for axis in facts.axes for atom in axis}
+    sizes = {atom: axes.table.size(atom) for atom in atoms}
+    reads = [
+        tuple(_read(use, storages, sizes) for use in axes[node].uses) if node in axes.nodes else () for node in nodes
+    ]
     last = [storages.last.get(node, at) for at, node in enumerate(nodes)]
     dies: list[list[int]] = [[] for _ in range(n + 1)]
     for at, node in enumerate(nodes):
         if storages.roots[node] is node:
             dies[min(last[at], n)].append(at)
     live = storages.live_bytes()
-    atoms = {atom for facts in axes.nodes.values() for axis in facts.axes for atom in axis}
     empty: frozenset[int] = frozenset()
     found = Region(
         nodes=nodes,
-        sizes={atom: axes.table.size(atom) for atom in atoms},
+        sizes=sizes,
         carries=[axes[node].carries if node in axes.nodes else empty for node in nodes],
         barred=[axes[node].barred if node in axes.nodes else empty for node in nodes],
         reads=reads,
@@ -73,7 +78,7 @@ def region(storages: Storages, axes: GraphAxes) -> Region:
         owner=owner,
         nbytes=storages.nbytes,
         hidden=list(storages.hidden),
-        paired=[_statistics_of(node, position) for node in nodes],
+        paired=[_part_before(node, position) for node in nodes],
         last=last,
         dies=dies,
         live=live,
@@ -83,10 +88,14 @@ def region(storages: Storages, axes: GraphAxes) -> Region:
     return found
 
 
-def _read(use: object, storages: Storages) -> Read:
-    node: fx.Node = use.node  # type: ignore[attr-defined]
-    root = storages.roots.get(node, node)
-    return Read(storages.position.get(node, -1), storages.position.get(root, -1), use.reduced)  # type: ignore[attr-defined]
+def _read(use: Use, storages: Storages, sizes: dict[int, int]) -> Read:
+    root = storages.roots.get(use.node, use.node)
+    halo = {
+        use.axes[d][0]: (before + after) / prod(sizes[atom] for atom in use.axes[d][1:])
+        for d, (before, after) in use.halo
+        if use.axes[d]
+    }
+    return Read(storages.position.get(use.node, -1), storages.position.get(root, -1), use.reduced, halo)
 
 
 def _weight_bytes(node: fx.Node) -> int:
@@ -95,10 +104,12 @@ def _weight_bytes(node: fx.Node) -> int:
     return sum(spec.numel * spec.dtype.itemsize for spec in specs if isinstance(spec, TensorSpec))
 
 
-def _statistics_of(node: fx.Node, position: dict[fx.Node, int]) -> int:
-    """For the apply half of a GroupNorm, the position of its statistics; -1 elsewhere."""
+def _part_before(node: fx.Node, position: dict[fx.Node, int]) -> int:
+    """For the later parts of a split GroupNorm, the position of the part before; -1 elsewhere."""
     if node.target is group_norm_apply:
         return position.get(node.args[1], -1)  # type: ignore[arg-type]
+    if node.target is group_norm_statistics:
+        return position.get(node.args[0], -1)  # type: ignore[arg-type]
     return -1
 
 

@@ -1,7 +1,8 @@
 """The search: the cheapest way to run the whole graph under a limit, and the least limit that can be met.
 
 Dynamic programming over boundaries: the cheapest plan of the first i operators is extended by one candidate. The limit
-is found by bisection, since a plan that meets a limit meets every larger one. Cost is chunk trips, then groups.
+is found by bisection, since a plan that meets a limit meets every larger one. Cost is chunk trips, then
+groups; halos add to it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def cheapest(by_stop: dict[int, list[Candidate]], stops: list[int], allowed_byte
             choice = _choose(candidate, allowed_bytes)
             if choice is None:
                 continue
-            cost = before[0] + (choice.trips + 0.5 if choice.trips else 0.0)
+            cost = before[0] + (candidate.cost(choice.trips, choice.chunk) if choice.trips else 0.0)
             if found is None or cost < found[0]:
                 found = (cost, choice)
         if found is not None:
