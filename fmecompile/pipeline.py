@@ -30,7 +30,7 @@ from fmecompile.graph.program import Constant, Input, Literal, Program, Weight, 
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.graph.structure import structure
 from fmecompile.partition.decide import describe, replay
-from fmecompile.partition.partition import Partitioner
+from fmecompile.partition.tradeoffs import prepare, replayed
 from fmecompile.passes.chunk_loops import ChunkLoops
 from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
@@ -133,13 +133,20 @@ def compile_program(
         note = item.apply(program, facts)
         edit.annotate(compute_nodes(program.graph), facts)
         done(pass_name(item), note)
-    partitioner = Partitioner(program, facts)
     key = _key(program)
-    small = [p for p in saved if limit_bytes is None or p.projected_peak_bytes <= limit_bytes]
-    answer = replay(partitioner, key, small) or partitioner.search(limit_bytes)
+    usable = [p for p in saved if p.key == key and (limit_bytes is None or p.projected_peak_bytes <= limit_bytes)]
+    if usable:
+        prepared = replayed(program, facts, usable[0].recomputed)
+        answer = replay(prepared.partitioner, usable[0])
+    else:
+        prepared = prepare(program, facts, limit_bytes)
+        answer = prepared.partitioner.search(limit_bytes)
+    compilation.program, partitioner = prepared.program, prepared.partitioner
+    program = compilation.program
     compilation.groups = {f"chunk_loop_{k}": group for k, group in enumerate(answer.groups)}
     planned = describe(partitioner, answer)
-    done("partition", f"{len(answer.groups)} groups, {sum(g.trips for g in planned)} chunk trips")
+    trips = f"{len(answer.groups)} groups, {sum(g.trips for g in planned)} chunk trips"
+    done("partition", trips + (f", {len(prepared.recomputed)} values made twice" if prepared.recomputed else ""))
     compilation.loops = dict(ChunkLoops(answer.groups).apply(program))
     done("chunk-loops", f"{len(compilation.loops)} loops")
     done("fuse-norm", FuseNorm().apply(program, facts))
@@ -159,6 +166,7 @@ def compile_program(
         timeline=tuple(m.total_bytes for m in projection.moments),
         eager_timeline=(),
         barriers=partitioner.barriers(),
+        recomputed=prepared.recomputed,
     )
     return finish(compilation), plan
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
+from torch import fx
 
+from fmecompile.graph.specs import node_spec
 from fmecompile.operators.pointwise import broadcast
 from fmecompile.operators.registry import Axis, Call, Halo, Operand, Result, axis_rule, tensor
 
@@ -121,6 +124,17 @@ def attention(
     if rows is not None:
         call.keep(query, [query.ndim - 2])
     return call.result([*axes, rows, None], "attention mixes it")
+
+
+def products(node: fx.Node) -> int:
+    """How many products a matrix product or convolution sums up; 0 for what is not one, or is one of two activations."""
+    if node.target not in _WEIGHTED:
+        return 0
+    spec, weight = node_spec(node), node_spec(node.args[1])  # type: ignore[arg-type]
+    return spec.numel * prod(weight.shape[1:])
+
+
+_WEIGHTED = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 
 def _at(option: int | Sequence[int], dim: int) -> int:

@@ -27,6 +27,8 @@ MAX_HALO_SHARE = 8
 MAX_REACH = 200
 """A group spans at most this many operators; search time stays linear in the size of the graph."""
 
+MIN_STRIDE = 32
+"""Atoms whose rows are closer together than this many elements are sliced only where there are no others."""
 MAX_SINGLES = 2
 """Of the atoms that reach equally far, so many are tried as loops of their own."""
 
@@ -106,13 +108,20 @@ class Candidate:
 
 def plain(region: Region, start: int, stop: int) -> Candidate:
     """Operators ``[start, stop)`` run whole, each releasing what it reads last."""
-    peak = max(region.live[p] + region.nbytes[p] + _hidden(region, p, 0) for p in range(start, stop))
+    peak = max(region.live[p] + region.nbytes[p] + _hidden(region, p, start, stop) for p in range(start, stop))
     return Candidate(start, stop, (), peak, ())
 
 
-def _hidden(region: Region, p: int, start: int) -> int:
+def plain_norms(region: Region) -> Iterator[Candidate]:
+    """Split GroupNorms run whole from their first part to the boundary behind their last."""
+    for start, stop in sorted({joined for joined in region.joined if joined is not None}):
+        yield plain(region, start, next(b for b in region.boundaries if b > stop))
+
+
+def _hidden(region: Region, p: int, start: int, stop: int) -> int:
     """A GroupNorm whose parts stay together is joined again and needs no wide temporary."""
-    return 0 if region.paired[p] >= start and region.paired[p] >= 0 else region.hidden[p]
+    joined = region.joined[p]
+    return 0 if joined is not None and start <= joined[0] and joined[1] < stop else region.hidden[p]
 
 
 def candidates(region: Region, axes: GraphAxes, start: int, min_trip_bytes: int = 0) -> Iterator[Candidate]:
@@ -177,7 +186,8 @@ def _memory_order(region: Region, axes: GraphAxes, big: list[int], atoms: set[in
     spec = node_spec(node)
     assert isinstance(spec, TensorSpec)
     strides = atom_strides(spec, axes[node].axes, region.sizes)
-    return tuple(sorted(atoms & strides.keys(), key=lambda atom: -strides[atom]))
+    order = sorted(atoms & strides.keys(), key=lambda atom: -strides[atom])
+    return tuple(atom for atom in order if strides[atom] >= MIN_STRIDE) or tuple(order)
 
 
 def _reach(region: Region, start: int, nest: Nest, end: int) -> int:
@@ -266,12 +276,12 @@ class _Trip:
             self.held = self.held.plus(own)
             self.made = self.made.plus(own)
             self.weight_bytes += region.weight_bytes[p]
-            self._moment(self.held.plus(self._split(p, _hidden(region, p, self.start))))
+            self._moment(self.held.plus(self._split(p, _hidden(region, p, self.start, p + 1))))
             if region.owner[p] == p:
                 self.share[p] = own
         else:
             self.hoisted += region.nbytes[p]
-            self.least = max(self.least, self.hoisted + _hidden(region, p, self.start))
+            self.least = max(self.least, self.hoisted + _hidden(region, p, self.start, p + 1))
         for dead in region.dies[p]:
             if dead < self.start:
                 self.dying.append(dead)

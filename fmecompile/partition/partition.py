@@ -7,6 +7,7 @@ is returned holds what it says.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from fmecompile.analysis.axes import GraphAxes, propagate
@@ -19,9 +20,9 @@ from fmecompile.graph.invariants import module_path
 from fmecompile.graph.plan import Barrier
 from fmecompile.graph.program import Program, compute_nodes
 from fmecompile.partition.build import Builder
-from fmecompile.partition.candidates import Candidate, candidates, plain
+from fmecompile.partition.candidates import Candidate, candidates, plain, plain_norms
 from fmecompile.partition.region import Region, region
-from fmecompile.partition.search import KNEE, Choice, cheapest, least_limit
+from fmecompile.partition.search import KNEE, Choice, cheapest, least_limit, stuck_at
 
 MAX_ROUNDS = 12
 
@@ -64,20 +65,30 @@ class Partitioner:
 
         Raises BudgetInfeasible when every plan holds more; its ``floor_bytes`` are what the best one holds.
         """
-        stops = self.region.boundaries[1:]
         if not self.region.nodes:
             return Answer((), 0, limit_bytes or 0)
-        table = self._candidates()
         for _ in range(MAX_ROUNDS):
-            floor = least_limit(table, stops)
+            floor = self.floor_bytes()
             if limit_bytes is not None and floor > limit_bytes:
-                raise BudgetInfeasible(int(floor), limit_bytes)
+                raise BudgetInfeasible(floor, limit_bytes)
             allowed = floor * KNEE if limit_bytes is None else limit_bytes
-            plan = cheapest(table, stops, allowed)
+            plan = cheapest(self.table, self._stops, allowed)
             assert plan is not None
             if all(self._exact(choice) <= allowed for choice in plan if choice.trips):
                 break
-        return Answer(tuple(self._chosen(c) for c in plan if c.trips), int(floor), int(allowed))
+        return Answer(tuple(self._chosen(c) for c in plan if c.trips), floor, int(allowed))
+
+    def floor_bytes(self) -> int:
+        """The least that any plan holds, as far as is known."""
+        return int(least_limit(self.table, self._stops)) if self.region.nodes else 0
+
+    def bottleneck(self) -> int:
+        """The position in front of the operators that keep the floor where it is."""
+        return stuck_at(self.table, self._stops, 0.98 * self.floor_bytes())
+
+    @property
+    def _stops(self) -> list[int]:
+        return self.region.boundaries[1:]
 
     def barriers(self) -> tuple[Barrier, ...]:
         """Operators that no axis of a large result can be sliced through, with the reason."""
@@ -86,12 +97,16 @@ class Partitioner:
             found.setdefault((str(node.target), reason), []).append(module_path(node) or node.name)
         return tuple(Barrier(op, reason, len(at), at[0]) for (op, reason), at in found.items())
 
-    def _candidates(self) -> dict[int, list[Candidate]]:
+    @cached_property
+    def table(self) -> dict[int, list[Candidate]]:
+        """All candidates, by the position where they stop."""
         found: dict[int, list[Candidate]] = {}
         least = min_trip_bytes()
         boundaries = self.region.boundaries
         for start, stop in pairwise(boundaries):
             found.setdefault(stop, []).append(plain(self.region, start, stop))
+        for candidate in plain_norms(self.region):
+            found.setdefault(candidate.stop, []).append(candidate)
         for start in boundaries[:-1]:
             for candidate in candidates(self.region, self.axes, start, least):
                 found.setdefault(candidate.stop, []).append(candidate)

@@ -11,7 +11,10 @@ from torch import fx
 from fmecompile.analysis.axes import GraphAxes, Use
 from fmecompile.analysis.storages import Storages
 from fmecompile.graph.specs import TensorSpec, node_spec
-from fmecompile.runtime.norms import group_norm_apply, group_norm_statistics
+from fmecompile.runtime.norms import group_norm_apply, group_norm_moments, group_norm_statistics
+
+
+NORM_PARTS = (group_norm_moments, group_norm_statistics, group_norm_apply)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Region:
     owner: list[int]
     nbytes: tuple[int, ...]
     hidden: list[int]
-    paired: list[int]
+    joined: list[tuple[int, int] | None]
     last: list[int]
     dies: list[list[int]]
     live: list[int]
@@ -78,7 +81,7 @@ def region(storages: Storages, axes: GraphAxes) -> Region:
         owner=owner,
         nbytes=storages.nbytes,
         hidden=list(storages.hidden),
-        paired=[_part_before(node, position) for node in nodes],
+        joined=_joined(nodes, position),
         last=last,
         dies=dies,
         live=live,
@@ -104,13 +107,18 @@ def _weight_bytes(node: fx.Node) -> int:
     return sum(spec.numel * spec.dtype.itemsize for spec in specs if isinstance(spec, TensorSpec))
 
 
-def _part_before(node: fx.Node, position: dict[fx.Node, int]) -> int:
-    """For the later parts of a split GroupNorm, the position of the part before; -1 elsewhere."""
-    if node.target is group_norm_apply:
-        return position.get(node.args[1], -1)  # type: ignore[arg-type]
-    if node.target is group_norm_statistics:
-        return position.get(node.args[0], -1)  # type: ignore[arg-type]
-    return -1
+def _joined(nodes: Sequence[fx.Node], position: dict[fx.Node, int]) -> list[tuple[int, int] | None]:
+    """For each part of a split GroupNorm the positions of its first and last part: together they are joined again."""
+    found: list[tuple[int, int] | None] = [None] * len(nodes)
+    for at, node in enumerate(nodes):
+        if node.target is not group_norm_apply:
+            continue
+        statistics = node.args[1]
+        moments = statistics.args[0] if isinstance(statistics, fx.Node) and statistics in position else None
+        if isinstance(moments, fx.Node) and moments in position and moments.args[0] is node.args[0]:
+            for part in (moments, statistics, node):
+                found[position[part]] = (position[moments], at)  # type: ignore[index]
+    return found
 
 
 def _boundaries(region: Region) -> list[int]:
@@ -132,9 +140,7 @@ def _boundaries(region: Region) -> list[int]:
         lowest = (k == 0 or levels[k - 1] > levels[k]) and (k == len(plateaus) - 1 or levels[k + 1] > levels[k])
         if lowest:
             found.update(p for p in plateau if p < n and _is_large(region, p, small))
-    for p in range(n):
-        if region.paired[p] >= 0:
-            found.update((region.paired[p], p))
+    found.update(p for p, node in enumerate(region.nodes) if node.target in NORM_PARTS)
     for p, node in enumerate(region.nodes):
         if not isinstance(node_spec(node), TensorSpec):
             found.discard(p + 1)

@@ -30,6 +30,18 @@ class Choice:
 
 def cheapest(by_stop: dict[int, list[Candidate]], stops: list[int], allowed_bytes: float) -> list[Choice] | None:
     """The plan with the fewest trips of which no part peaks above ``allowed_bytes``; None if there is none."""
+    return _trace(_sweep(by_stop, stops, allowed_bytes), stops[-1])
+
+
+def stuck_at(by_stop: dict[int, list[Candidate]], stops: list[int], allowed_bytes: float) -> int:
+    """How many operators can be run under a limit, from the first on; every way to go on holds more."""
+    return max(_sweep(by_stop, stops, allowed_bytes))
+
+
+def _sweep(
+    by_stop: dict[int, list[Candidate]], stops: list[int], allowed_bytes: float
+) -> dict[int, tuple[float, Choice | None]]:
+    """For each position that can be reached, the least cost and the last choice on the way."""
     best: dict[int, tuple[float, Choice | None]] = {0: (0.0, None)}
     for stop in stops:
         found: tuple[float, Choice | None] | None = None
@@ -45,7 +57,7 @@ def cheapest(by_stop: dict[int, list[Candidate]], stops: list[int], allowed_byte
                 found = (cost, choice)
         if found is not None:
             best[stop] = found
-    return _trace(best, stops[-1])
+    return best
 
 
 def _choose(candidate: Candidate, allowed_bytes: float) -> Choice | None:
