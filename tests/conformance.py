@@ -263,6 +263,10 @@ def mask_along(axes: Axes, atom: int, index: int, size: Callable[[int], int], sh
     return mask.reshape(shape)
 
 
+Poison = tuple[torch.Tensor, dict[int, int]]
+"""Where NaN goes in an operand, and the slices of the result that read it, with how far behind their start it is."""
+
+
 def check_poison(target: Any, sample: Sample) -> int:
     """NaN in one slice of one operand reaches only the same slice of the result; the number of slices poisoned.
 
@@ -276,40 +280,36 @@ def check_poison(target: Any, sample: Sample) -> int:
     for at, use in enumerate(facts.uses):
         kept = {atom for d in use.kept_dims for atom in use.axes[d]} - use.reduced
         for atom in sorted(kept & facts.carries) if specs[at].dtype.is_floating_point else ():
-            spread = []
+            declared: set[int] = set()
+            seen: set[int] = set()
             for where, reached in _poisons(use, atom, size, specs[at].shape):
                 poisoned = [t.masked_fill(where, torch.nan) if i == at else t for i, t in enumerate(clean)]
                 nans = torch.isnan(_called(target, sample, poisoned))
-                rows = {i: mask_along(facts.axes, atom, i, size, tuple(nans.shape)) for i in range(size(atom))}
-                leaks = [i for i, row in rows.items() if i not in reached and nans[row].any()]
-                assert not leaks, f"operand {at}, atom {atom}: leaks into {leaks} from a slice that {reached} read"
-                spread.append(({i for i, row in rows.items() if nans[row].any()}, reached))
+                slices = (mask_along(facts.axes, atom, i, size, tuple(nans.shape)) for i in range(size(atom)))
+                got = {i for i, one in enumerate(slices) if nans[one].any()}
+                assert got <= reached.keys(), f"operand {at}, atom {atom}: {got} read what {[*reached]} say they read"
+                declared |= set(reached.values())
+                seen |= {reached[i] for i in got}
                 ran += 1
             if halo_of(use, atom) != (0, 0):
-                assert _edges(got for got, _ in spread) == _edges(reached for _, reached in spread), "an idle halo"
+                assert {min(declared), max(declared)} <= seen, f"operand {at}, atom {atom}: an idle halo"
     return ran
 
 
-def _poisons(use: Use, atom: int, size: Callable[[int], int], shape: Shape) -> Iterator[tuple[torch.Tensor, set[int]]]:
-    """Where to put NaN in an operand, and the slices of the result that read it there: some slices of ``atom``, or with
-    a halo all single rows of its dimension."""
+def _poisons(use: Use, atom: int, size: Callable[[int], int], shape: Shape) -> Iterator[Poison]:
+    """Some slices of ``atom``; with a halo, whose rows neighbours share, every single row of its dimension."""
     before, after = halo_of(use, atom)
     if not before and not after:
         for index in sorted({0, size(atom) // 2, size(atom) - 1}):
-            yield mask_along(use.axes, atom, index, size, shape), {index}
+            yield mask_along(use.axes, atom, index, size, shape), {index: 0}
         return
     dim = next(d for d in use.kept_dims if atom in use.axes[d])
     unit = shape[dim] // size(atom)
     for row in range(shape[dim]):
         where = torch.zeros(shape, dtype=torch.bool)
         where.select(dim, row).fill_(True)
-        yield where, {i for i in range(size(atom)) if i * unit - before <= row < (i + 1) * unit + after}
-
-
-def _edges(rows: Iterable[set[int]]) -> tuple[list[int], list[int]]:
-    """For every row the first and the last slice that it reaches."""
-    found = [reached for reached in rows if reached]
-    return [min(reached) for reached in found], [max(reached) for reached in found]
+        places = {i: row - i * unit for i in range(size(atom))}
+        yield where, {i: place for i, place in places.items() if -before <= place < unit + after}
 
 
 def _called(target: Any, sample: Sample, tensors: list[torch.Tensor]) -> torch.Tensor:
