@@ -19,7 +19,6 @@ from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.storages import Storages, storages
 from fmecompile.graph import edit
 from fmecompile.graph.program import Program, compute_nodes
-from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.operators.contraction import products
 from fmecompile.runtime.norms import group_norm_apply, group_norm_moments
 
@@ -112,8 +111,3 @@ def _private(value: fx.Node, apply: fx.Node, held: Storages) -> tuple[fx.Node, .
             taken.add(node)
             waiting += node.all_input_nodes
     return tuple(sorted(taken, key=lambda node: held.position[node]))
-
-
-def value_bytes(chain: Chain) -> int:
-    spec = node_spec(chain.value)
-    return spec.numel * spec.dtype.itemsize if isinstance(spec, TensorSpec) else 0

@@ -127,7 +127,7 @@ def attention(
 
 
 def products(node: fx.Node) -> int:
-    """How many products a matrix product or convolution sums up; 0 for what is not one, or is one of two activations."""
+    """How many products a convolution, or a matrix product with a weight, sums up; 0 for other calls."""
     if node.target not in _WEIGHTED:
         return 0
     spec, weight = node_spec(node), node_spec(node.args[1])  # type: ignore[arg-type]

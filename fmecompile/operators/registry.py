@@ -34,7 +34,7 @@ Halo = tuple[int, int]
 
 @dataclass(eq=False)
 class Operand:
-    """A tensor operand as a rule sees it. ``halo`` has the rows that a kept dimension needs before and after a slice."""
+    """A tensor operand as a rule sees it. ``halo``: the rows that a kept dimension needs before and after a slice."""
 
     node: fx.Node
     spec: TensorSpec

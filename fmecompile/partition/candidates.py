@@ -166,10 +166,13 @@ def nests(region: Region, axes: GraphAxes, start: int) -> list[Nest]:
     found: dict[Nest, None] = {}
     for level in sorted(set(reach.values()), reverse=True):
         order = _memory_order(region, axes, big, {atom for atom, at in reach.items() if at >= level})
-        for k in range(1, len(order) + 1):
-            found[order[:k]] = None
-        for atom in order[:MAX_SINGLES]:
-            found[(atom,)] = None
+        found |= {(atom,): None for atom in order[:MAX_SINGLES]}
+        outer_trips = 1
+        for k, atom in enumerate(order):
+            if outer_trips > MAX_TRIPS:
+                break
+            found[order[: k + 1]] = None
+            outer_trips *= region.sizes[atom]
     return list(found)
 
 

@@ -13,7 +13,6 @@ from fmecompile.analysis.storages import Storages
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.runtime.norms import group_norm_apply, group_norm_moments, group_norm_statistics
 
-
 NORM_PARTS = (group_norm_moments, group_norm_statistics, group_norm_apply)
 
 

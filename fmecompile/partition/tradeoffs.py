@@ -1,8 +1,8 @@
 """What the search cannot do alone: give work for memory, where the peak is, as long as it pays.
 
 A GroupNorm reads its operand twice, so its operand waits as a whole. Making that operand twice (``recompute``) frees
-it. The partition looks where the floor is stuck, tries the GroupNorms there on a copy of the program, and keeps the copy
-when its floor is lower by enough.
+it. The partition looks where the floor is stuck, tries the GroupNorms there on a copy of the program, and keeps the
+copy when its floor is lower by enough.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ MAX_EXTRA_WORK = 0.15
 """Without a budget, products that may be computed twice, as a share of all."""
 LEAST_GAIN = 0.05
 """By how much the floor must fall for the work that is given."""
+LEAST_SHARE = 0.2
+"""Operands of less than this share of the floor are not tried."""
 MAX_STEPS = 8
 
 
@@ -77,7 +79,9 @@ def _proposals(best: Prepared, facts: FactTable) -> list[list[Chain]]:
     storages, at = best.partitioner.storages, best.partitioner.bottleneck()
     boundaries = best.partitioner.region.boundaries
     end = next((b for b in boundaries if b > at), boundaries[-1]) + 1
-    stuck = [c for c in known if storages.position[c.value] <= end and storages.last[c.value] >= at]
+    least = LEAST_SHARE * best.partitioner.floor_bytes()
+    large = [c for c in known if storages.nbytes[storages.position[c.value]] >= least]
+    stuck = [c for c in large if storages.position[c.value] <= end and storages.last[c.value] >= at]
     found: dict[object, list[Chain]] = {}
     for chain in stuck:
         found.setdefault(_likeness(chain), [c for c in known if _likeness(c) == _likeness(chain)])

@@ -2,16 +2,16 @@
 
 Moments are the mean and the population variance of a group's share of each row, in float32 or wider. They keep every
 axis but channels and the last, so a loop may make them slice by slice; joining them is cheap. Parts of equal weight
-join by the formula of Chan, Golub and LeVeque (1983): ``mean = mean(mean_i)``, ``var = mean(var_i + (mean_i - mean)^2)``;
-so no large sum is ever subtracted from another.
+join by the formula of Chan, Golub and LeVeque (1983): ``mean = mean(mean_i)`` and
+``var = mean(var_i + (mean_i - mean)^2)``; so no large sum is ever subtracted from another.
 """
 
 from __future__ import annotations
 
 import torch
 
-_PIECES = 16
-"""A tensor is read in about this many pieces, so that moments hold about an eighth of it at a time."""
+_PIECE_BYTES, _MAX_PIECES = 16 << 20, 64
+"""A large tensor is read in pieces of about so many bytes once in wide numbers, which is what moments hold twice."""
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -23,13 +23,14 @@ def group_norm_moments(x: torch.Tensor, num_groups: int) -> torch.Tensor:
 
     Reads ``x`` in whatever layout it has, a piece at a time along its outermost dimensions in memory.
     """
-    return _moments(x.unflatten(1, (num_groups, x.shape[1] // num_groups)), _PIECES)
+    pieces = -(-x.numel() * _wide(x.dtype).itemsize // _PIECE_BYTES)
+    return _moments(x.unflatten(1, (num_groups, x.shape[1] // num_groups)), min(pieces, _MAX_PIECES))
 
 
 def _moments(x: torch.Tensor, pieces: int) -> torch.Tensor:
     """(N, G, C/G, D1, ..., Dk) -> (2, N, G, D1, ..., Dk-1)."""
     kept = [d for d in (0, *range(3, x.ndim - 1)) if x.shape[d] > 1]
-    if pieces == 1 or not kept:
+    if pieces <= 1 or not kept:
         return _row_moments(x)
     along = max(kept, key=lambda d: (x.stride(d), x.shape[d]))
     parts = x.split(-(-x.shape[along] // pieces), along)
