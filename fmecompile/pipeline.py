@@ -30,7 +30,7 @@ from fmecompile.graph.program import Constant, Input, Literal, Program, Weight, 
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.graph.structure import structure
 from fmecompile.partition.decide import describe, replay
-from fmecompile.partition.tradeoffs import prepare, replayed
+from fmecompile.partition.tradeoffs import Prepared, prepare, replayed
 from fmecompile.passes.chunk_loops import ChunkLoops
 from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
@@ -90,11 +90,13 @@ def compile_module(
     *,
     saved: Sequence[Plan] = (),
     limit_bytes: int | None = None,
+    spill: bool = False,
     observe: Observe | None = None,
 ) -> tuple[Compiled, Plan]:
     """Capture, normalise, partition and rewrite one call of ``module``. A matching plan in ``saved`` spares the search.
 
-    ``limit_bytes`` is what activations may hold at most; None takes the default plan.
+    ``limit_bytes`` is what activations may hold at most; None takes the default plan. ``spill`` lets values wait in host
+    memory where no plan meets the limit otherwise.
 
     Raises:
         CaptureError: the module cannot be captured; whatever cannot be sliced afterwards is only a barrier.
@@ -102,7 +104,7 @@ def compile_module(
     """
     limit = limit_bytes
     for _ in range(MAX_REPAIRS):
-        compiled, plan = compile_program(Compilation(capture(module, args, kwargs)), saved, limit, observe)
+        compiled, plan = compile_program(Compilation(capture(module, args, kwargs)), saved, limit, spill, observe)
         if limit is None or limit_bytes is None or plan.projected_peak_bytes <= limit_bytes:
             break
         limit -= 2 * (plan.projected_peak_bytes - limit_bytes)  # the check on fake tensors found more: ask for less
@@ -117,6 +119,7 @@ def compile_program(
     compilation: Compilation,
     saved: Sequence[Plan] = (),
     limit_bytes: int | None = None,
+    spill: bool = False,
     observe: Observe | None = None,
 ) -> tuple[Compiled, Plan]:
     """Everything after capture."""
@@ -136,17 +139,17 @@ def compile_program(
     key = _key(program)
     usable = [p for p in saved if p.key == key and (limit_bytes is None or p.projected_peak_bytes <= limit_bytes)]
     if usable:
-        prepared = replayed(program, facts, usable[0].recomputed)
+        prepared = replayed(program, facts, usable[0].recomputed, usable[0].spilled)
         answer = replay(prepared.partitioner, usable[0])
     else:
-        prepared = prepare(program, facts, limit_bytes)
+        prepared = prepare(program, facts, limit_bytes, spill=spill)
         answer = prepared.partitioner.search(limit_bytes)
     compilation.program, partitioner = prepared.program, prepared.partitioner
     program = compilation.program
     compilation.groups = {f"chunk_loop_{k}": group for k, group in enumerate(answer.groups)}
     planned = describe(partitioner, answer)
     trips = f"{len(answer.groups)} groups, {sum(g.trips for g in planned)} chunk trips"
-    done("partition", trips + (f", {len(prepared.recomputed)} values made twice" if prepared.recomputed else ""))
+    done("partition", trips + _tradeoffs(prepared))
     compilation.loops = dict(ChunkLoops(answer.groups).apply(program))
     done("chunk-loops", f"{len(compilation.loops)} loops")
     done("fuse-norm", FuseNorm().apply(program, facts))
@@ -167,8 +170,14 @@ def compile_program(
         eager_timeline=(),
         barriers=partitioner.barriers(),
         recomputed=prepared.recomputed,
+        spilled=prepared.spilled,
     )
     return finish(compilation), plan
+
+
+def _tradeoffs(prepared: Prepared) -> str:
+    twice = f", {len(prepared.recomputed)} values made twice" if prepared.recomputed else ""
+    return twice + (f", {len(prepared.spilled)} values wait in host memory" if prepared.spilled else "")
 
 
 def finish(compilation: Compilation) -> Compiled:

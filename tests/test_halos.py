@@ -340,9 +340,10 @@ def residual(tape: Tape, x: fx.Node, draw: st.DrawFn) -> fx.Node:
 
 def rejoined(tape: Tape, x: fx.Node, draw: st.DrawFn) -> fx.Node:
     """Spatial dimensions joined to one, or one split in two."""
-    shape = tape.shape(x)
-    sizes = [prod(shape[2:])] if len(shape) > 3 else [(d := draw(st.sampled_from(divisors(shape[2])))), shape[2] // d]
-    return tape.call(aten.reshape.default, x, [*shape[:2], *sizes])
+    batch, channels, *spatial = tape.shape(x)
+    outer = draw(st.sampled_from(divisors(spatial[0])))
+    sizes = [prod(spatial)] if len(spatial) > 1 else [outer, spatial[0] // outer]
+    return tape.call(aten.reshape.default, x, [batch, channels, *sizes])
 
 
 def alike(tape: Tape, x: fx.Node) -> list[fx.Node]:

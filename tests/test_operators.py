@@ -30,6 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from fmecompile.analysis.memory import project
 from fmecompile.analysis.verify import measured_peak_bytes
@@ -739,7 +740,7 @@ def test_an_operator_without_a_rule_is_a_barrier(operator: str, function: Callab
     """Never an exception, and the reason reaches the plan."""
     x = torch.randn(4, 6, 8, dtype=torch.float64)
     want, got, barriers = run_compiled(function, x)
-    assert_same(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(want))
+    assert_same(tree_leaves(got), tree_leaves(want))
     assert operator in {barrier.operator for barrier in barriers}
     assert all(barrier.reason for barrier in barriers)
 

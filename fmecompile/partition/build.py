@@ -27,6 +27,7 @@ from fmecompile.partition.reach import Reach, Rows, reach
 from fmecompile.partition.region import Region
 from fmecompile.passes.fuse_norm import fuse_norms
 from fmecompile.runtime.chunk_loop import Cut, LoopAxis, LoopSpec, Output
+from fmecompile.runtime.host import to_device, to_host
 
 aten = torch.ops.aten
 
@@ -225,7 +226,7 @@ class Builder:
     def _copy(
         self, graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node], held: dict[Reading, fx.Node], trip: Trip
     ) -> None:
-        """One operator on the slices of a trip."""
+        """One operator on the slices of a trip. What goes to host memory is written there by the loop itself."""
         loop, numbers = trip.loop, count()
 
         def local(operand: fx.Node) -> fx.Node:
@@ -237,6 +238,12 @@ class Builder:
 
         args: tuple[Any, ...] = fx.map_arg(node.args, local)  # type: ignore[assignment]
         kwargs = fx.map_arg(node.kwargs, local)
+        if node.target is to_host or (node.target is to_device and node.args[0] in loop.members):
+            env[node] = args[0]
+            return
+        if (known := next((n for n in graph.nodes if n.target is to_device and n.args == args), None)) is not None:
+            env[node] = known
+            return
         shape = self._shape(node, trip)
         args, kwargs = self._localised(graph, node, args, kwargs, shape, trip)  # type: ignore[arg-type]
         copy = edit.copy_into(graph, node, env, args, kwargs)
@@ -300,11 +307,16 @@ class Builder:
         for node in results:
             spec, axes = tensor_spec(node), self.axes[node].axes
             takes = next((i for i in free if self._overlays(loop, node, readings[i].node)), None)
+            takes = None if node.target is to_host else takes
             if takes is not None:
                 root = self._root(readings[takes].node)
                 free = [i for i in free if self._root(readings[i].node) is not root]
             cut = cut_of(axes, loop.nest, loop.chunk, self.region.sizes)
             assert cut is not None
+            if node.target is to_host:
+                home = tensor_spec(node.args[0]).device  # type: ignore[arg-type]
+                outputs.append(Output(cut, spec.shape, spec.stride, spec.dtype, host_of=home))
+                continue
             like = next((i for i, d in enumerate(devices) if d == spec.device), None)
             device = spec.device if like is None else None
             outputs.append(Output(cut, spec.shape, spec.stride, spec.dtype, like or 0, device, takes))
@@ -317,7 +329,7 @@ class Builder:
         """The storage was allocated in this graph, dies in this loop, and each trip reads only its own slice of it."""
         root = self._root(reading.node)
         allocated = root in self.storages.position and self.storages.position[root] < loop.start
-        if not allocated or self.storages.last[root] >= loop.stop:
+        if not allocated or root.target is to_host or self.storages.last[root] >= loop.stop:
             return False
         nest, reach = set(loop.nest), loop.reach.wanted
         return all(

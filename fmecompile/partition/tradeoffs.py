@@ -1,14 +1,15 @@
-"""What the search cannot do alone: give work for memory, where the peak is, as long as it pays.
+"""What the search cannot do alone: give work or transfers for memory, where the peak is, as long as it pays.
 
-A GroupNorm reads its operand twice, so its operand waits as a whole. Making that operand twice (``recompute``) frees
-it. The partition looks where the floor is stuck, tries the GroupNorms there on a copy of the program, and keeps the
-copy when its floor is lower by enough.
+A GroupNorm reads its operand twice, so its operand waits as a whole; making that operand twice (``recompute``) frees it.
+Any other value may wait in host memory (``spill``). Where the floor is stuck, each is tried on a copy of the program, and
+the copy kept when its floor is lower by enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from fmecompile.analysis.facts import FactTable
 from fmecompile.graph.program import Program, compute_nodes
@@ -16,72 +17,91 @@ from fmecompile.graph.specs import node_spec
 from fmecompile.operators.contraction import products
 from fmecompile.partition.partition import Partitioner
 from fmecompile.passes.recompute import Chain, Recompute, chains
+from fmecompile.passes.spill import Cut, Spill, late_readers
+from fmecompile.runtime.host import to_host
 
 MAX_EXTRA_WORK = 0.15
-"""Without a budget, products that may be computed twice, as a share of all."""
+"""Products that may be computed twice, as a share of all, before anything dearer is tried."""
 LEAST_GAIN = 0.05
 """By how much the floor must fall for the work that is given."""
 LEAST_SHARE = 0.2
 """Operands of less than this share of the floor are not tried."""
-MAX_STEPS = 8
+MAX_STEPS = 40
+LEAST_SPILL = 0.02
+"""Values of less than this share of the floor are not moved to host memory; nor does a smaller gain pay."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A program ready for its loops; ``recomputed`` are the moments whose operands it makes twice, by name."""
+    """A program ready for its loops. ``recomputed`` are the moments whose operands it makes twice, by name, ``extra``
+    the products that takes; ``spilled`` the cuts in live ranges of values that wait in host memory."""
 
     program: Program
     partitioner: Partitioner
     recomputed: tuple[str, ...] = ()
+    spilled: tuple[Cut, ...] = ()
+    extra: int = 0
 
 
-def prepare(program: Program, facts: FactTable, limit_bytes: int | None = None) -> Prepared:
-    """``program`` or a copy of it with values made twice, until its floor meets the limit or nothing more pays."""
+Improve = Callable[[Prepared, FactTable], Iterator[Prepared]]
+
+
+def prepare(program: Program, facts: FactTable, limit_bytes: int | None = None, *, spill: bool = False) -> Prepared:
+    """``program``, or a copy of it with values made twice or waiting in host memory, until its floor meets the limit.
+
+    Without a limit values are made twice as long as that is cheap. With one that takes more, values are moved to host
+    memory where ``spill`` allows it, and made twice at any price where it does not help.
+    """
     best = Prepared(program, Partitioner(program, facts))
-    whole = sum(map(products, compute_nodes(program.graph)))
-    spent = 0
+    cheap = sum(map(products, compute_nodes(program.graph))) * MAX_EXTRA_WORK
+    best = _improved(best, facts, limit_bytes, partial(_recomputing, most=cheap))
+    if limit_bytes is None:
+        return best
+    if spill:
+        best = _improved(best, facts, limit_bytes, _spilling)
+    return _improved(best, facts, limit_bytes, partial(_recomputing, most=None))
+
+
+def replayed(program: Program, facts: FactTable, recomputed: tuple[str, ...], spilled: tuple[Cut, ...]) -> Prepared:
+    """``program`` as a saved plan left it."""
+    Recompute(recomputed).apply(program, facts)
+    Spill(spilled).apply(program, facts)
+    return Prepared(program, Partitioner(program, facts), recomputed, spilled)
+
+
+def _improved(best: Prepared, facts: FactTable, limit_bytes: int | None, improve: Improve) -> Prepared:
     for _ in range(MAX_STEPS):
         if limit_bytes is not None and best.partitioner.floor_bytes() <= limit_bytes:
             break
-        better = next(_improvements(best, facts, whole * MAX_EXTRA_WORK - spent if limit_bytes is None else None), None)
+        better = next(improve(best, facts), None)
         if better is None:
             break
-        best, work = better
-        spent += work
+        best = better
     return best
 
 
-def replayed(program: Program, facts: FactTable, recomputed: tuple[str, ...]) -> Prepared:
-    """``program`` as a saved plan left it."""
-    if recomputed:
-        Recompute(recomputed).apply(program, facts)
-    return Prepared(program, Partitioner(program, facts), recomputed)
-
-
-def _improvements(best: Prepared, facts: FactTable, may_spend: float | None) -> Iterator[tuple[Prepared, int]]:
-    """Copies with a lower floor, and the products that each computes twice."""
+def _recomputing(best: Prepared, facts: FactTable, most: float | None) -> Iterator[Prepared]:
+    """Copies with a lower floor that make the operands of some GroupNorms twice, with ``most`` extra products."""
     floor = best.partitioner.floor_bytes()
-    for alike in _proposals(best, facts):
-        work = sum(chain.work for chain in alike)
-        if may_spend is not None and work > may_spend:
+    for alike in [] if best.spilled else _norms_in_the_way(best, facts):
+        extra = best.extra + sum(chain.work for chain in alike)
+        if most is not None and extra > most:
             continue
         names = tuple(chain.moments.name for chain in alike)
         trial = best.program.copy()
         Recompute(names).apply(trial, facts)
         partitioner = Partitioner(trial, facts)
         if partitioner.floor_bytes() <= (1 - LEAST_GAIN) * floor:
-            yield Prepared(trial, partitioner, best.recomputed + names), work
+            yield Prepared(trial, partitioner, best.recomputed + names, extra=extra)
 
 
-def _proposals(best: Prepared, facts: FactTable) -> list[list[Chain]]:
+def _norms_in_the_way(best: Prepared, facts: FactTable) -> list[list[Chain]]:
     """GroupNorms whose operand lives where the floor is stuck, each with all others alike."""
     known = chains(best.program, facts)
-    storages, at = best.partitioner.storages, best.partitioner.bottleneck()
-    boundaries = best.partitioner.region.boundaries
-    end = next((b for b in boundaries if b > at), boundaries[-1]) + 1
+    storages, (at, end) = best.partitioner.storages, _stuck(best)
     least = LEAST_SHARE * best.partitioner.floor_bytes()
     large = [c for c in known if storages.nbytes[storages.position[c.value]] >= least]
-    stuck = [c for c in large if storages.position[c.value] <= end and storages.last[c.value] >= at]
+    stuck = [c for c in large if storages.position[c.value] <= end + 1 and storages.last[c.value] >= at]
     found: dict[object, list[Chain]] = {}
     for chain in stuck:
         found.setdefault(_likeness(chain), [c for c in known if _likeness(c) == _likeness(chain)])
@@ -90,3 +110,43 @@ def _proposals(best: Prepared, facts: FactTable) -> list[list[Chain]]:
 
 def _likeness(chain: Chain) -> object:
     return (node_spec(chain.value).shape, tuple(call.target for call in chain.calls))
+
+
+def _stuck(best: Prepared) -> tuple[int, int]:
+    """The boundary where the floor is stuck, and the next."""
+    at, boundaries = best.partitioner.bottleneck(), best.partitioner.region.boundaries
+    return at, next((b for b in boundaries if b > at), boundaries[-1])
+
+
+def _spilling(best: Prepared, facts: FactTable) -> Iterator[Prepared]:
+    """Copies with a lower floor in which more values wait in host memory."""
+    floor = best.partitioner.floor_bytes()
+    for cuts in _values_in_the_way(best):
+        trial = best.program.copy()
+        Spill(cuts).apply(trial, facts)
+        partitioner = Partitioner(trial, facts)
+        if partitioner.floor_bytes() <= (1 - LEAST_SPILL) * floor:
+            yield Prepared(trial, partitioner, best.recomputed, best.spilled + cuts, best.extra)
+
+
+def _values_in_the_way(best: Prepared) -> Iterator[tuple[Cut, ...]]:
+    """What to cut where the floor is stuck: all values that only wait there; then every value there, largest first."""
+    held, (at, end) = best.partitioner.storages, _stuck(best)
+    nodes, least = held.nodes, LEAST_SPILL * best.partitioner.floor_bytes()
+    waiting: list[Cut] = []
+    busy: list[tuple[int, Cut]] = []
+    for owner, last in held.last.items():
+        here = held.position.get(owner, len(nodes))
+        if owner.target is to_host or last == len(nodes) or here >= len(nodes) or held.nbytes[here] < least:
+            continue
+        if here < at <= last:
+            first = held.position[late_readers(owner, at, held)[0][0]]
+            if first >= end:
+                waiting.append((owner.name, nodes[at].name))
+            else:
+                busy.append((held.nbytes[here], (owner.name, nodes[at].name)))
+        elif at <= here < end <= last:
+            busy.append((held.nbytes[here], (owner.name, nodes[end].name)))
+    if waiting:
+        yield tuple(waiting)
+    yield from ((cut,) for _, cut in sorted(busy, reverse=True))

@@ -16,6 +16,8 @@ from itertools import product
 import torch
 from torch import fx, nn
 
+from fmecompile.runtime.host import copy_out, host_empty
+
 
 @dataclass(frozen=True)
 class LoopAxis:
@@ -71,7 +73,8 @@ class Cut:
 @dataclass(frozen=True)
 class Output:
     """One result of the loop, with the strides it has outside loops: laid over the storage of the operand ``takes``, or
-    allocated where the operand ``like`` is, or on ``device`` where no operand is there.
+    allocated where the operand ``like`` is, or on ``device`` where no operand is there; or in host memory where it
+    waits for the device ``host_of``.
     """
 
     cut: Cut
@@ -81,6 +84,7 @@ class Output:
     like: int = 0
     device: torch.device | None = None
     takes: int | None = None
+    host_of: torch.device | None = None
 
 
 @dataclass(frozen=True)
@@ -143,16 +147,20 @@ class ChunkLoop(nn.Module):
         for kind, reads, writes in trips:
             for (i, tensor), span in zip(readable, reads, strict=True):
                 pieces[i] = _narrowed(tensor, span)
-            for target, value, span in zip(writable, bodies[kind](*pieces), writes, strict=True):
+            written = zip(self.spec.outputs, writable, bodies[kind](*pieces), writes, strict=True)
+            for output, target, value, span in written:
                 piece = _narrowed(target, span)
-                piece.copy_(value.view(piece.shape) if value.shape != piece.shape else value)
-            value = piece = None  # the next trip must not find this one's values alive
+                value = value.view(piece.shape) if value.shape != piece.shape else value
+                copy_out(piece, value) if output.host_of else piece.copy_(value)
+            value = piece = written = None  # the next trip must not find this one's values alive
         return outputs
 
 
 def _place(output: Output, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     if output.takes is not None:
         return operands[output.takes].as_strided(output.shape, output.stride, 0)
+    if output.host_of is not None:
+        return host_empty(output.shape, output.stride, output.dtype, output.host_of)
     like = operands[output.like]
     return like.new_empty_strided(output.shape, output.stride, dtype=output.dtype, device=output.device)
 
