@@ -126,6 +126,7 @@ PROGRAMS: dict[str, tuple[Callable[[Tape, fx.Node], fx.Node], tuple[int, ...]]] 
     "shared by two kernels": (shared_by_two_kernels, (1, 2, 10)),
     "joined rows": (joined_rows, (2, 2, 5, 2)),
     "split rows": (split_rows, (1, 2, 12)),
+    "unfolded": (lambda t, x: conv(t, t.call(aten.reshape.default, silu(t, x), [1, 2, 4, 3]), [3, 1]), (1, 2, 12)),
     "strided and back": (strided_and_back, (1, 2, 8, 4)),
 }
 
