@@ -95,24 +95,29 @@ def compile_module(
 ) -> tuple[Compiled, Plan]:
     """Capture, normalise, partition and rewrite one call of ``module``. A matching plan in ``saved`` spares the search.
 
-    ``limit_bytes`` is what activations may hold at most; None takes the default plan. ``spill`` lets values wait in host
-    memory where no plan meets the limit otherwise.
+    ``limit_bytes`` is what activations may hold at most; None takes the default plan. ``spill`` lets values wait in
+    host memory where no plan meets the limit otherwise.
 
     Raises:
         CaptureError: the module cannot be captured; whatever cannot be sliced afterwards is only a barrier.
         BudgetInfeasible: every plan holds more than ``limit_bytes``.
     """
-    limit = limit_bytes
+    limit, least = limit_bytes, 0
     for _ in range(MAX_REPAIRS):
-        compiled, plan = compile_program(Compilation(capture(module, args, kwargs)), saved, limit, spill, observe)
-        if limit is None or limit_bytes is None or plan.projected_peak_bytes <= limit_bytes:
-            break
-        limit -= 2 * (plan.projected_peak_bytes - limit_bytes)  # the check on fake tensors found more: ask for less
-    if limit_bytes is None:
-        return compiled, plan
-    if plan.projected_peak_bytes > limit_bytes:
-        raise BudgetInfeasible(plan.projected_peak_bytes, limit_bytes)
-    return compiled, replace(plan, allowed_bytes=limit_bytes)
+        try:
+            compiled, plan = compile_program(Compilation(capture(module, args, kwargs)), saved, limit, spill, observe)
+        except BudgetInfeasible as error:
+            if least == 0:
+                raise
+            raise BudgetInfeasible(least, limit_bytes or 0) from error
+        if limit is None or limit_bytes is None:
+            return compiled, plan
+        if plan.projected_peak_bytes <= limit_bytes:
+            return compiled, replace(plan, allowed_bytes=limit_bytes)
+        least = plan.projected_peak_bytes
+        limit -= 2 * (least - limit_bytes)  # the check on fake tensors found more: ask for less
+    assert limit_bytes is not None
+    raise BudgetInfeasible(least, limit_bytes)
 
 
 def compile_program(
@@ -152,7 +157,7 @@ def compile_program(
     done("partition", trips + _tradeoffs(prepared))
     compilation.loops = dict(ChunkLoops(answer.groups).apply(program))
     done("chunk-loops", f"{len(compilation.loops)} loops")
-    done("fuse-norm", FuseNorm().apply(program, facts))
+    done("fuse-norm", FuseNorm(answer.joined).apply(program, facts))
     check(program)
     projection = compilation.project()
     projected = max(projection.peak_bytes, measured_peak_bytes(program, compilation.loops))
@@ -171,6 +176,7 @@ def compile_program(
         barriers=partitioner.barriers(),
         recomputed=prepared.recomputed,
         spilled=prepared.spilled,
+        joined=answer.joined,
     )
     return finish(compilation), plan
 

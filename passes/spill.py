@@ -3,8 +3,8 @@
     before  x = conv(a);  y = silu(x);  ... the middle of the model ...;  z = cat([y, x])
     after   x = conv(a);  h = to_host(x);  y = silu(x);  ...;  b = to_device(h);  z = cat([y, b])
 
-The device holds ``x`` only up to its last early reader, and each late reader's copy only while that runs. Inside a chunk
-loop the copies are slices: then the device never holds the value as a whole.
+The device holds ``x`` only up to its last early reader, and each late reader's copy only while that runs. Inside a
+chunk loop the copies are slices: then the device never holds the value as a whole.
 """
 
 from __future__ import annotations

@@ -99,8 +99,10 @@ def _resolved(table: AtomTable, result: Result, operands: tuple[Operand, ...]) -
     atoms = [atom for axis in axes for atom in axis]
     whole = {atom for d in result.whole for atom in axes[d]}
     twice = {atom for atom in atoms if atoms.count(atom) > 1}
-    barred = frozenset(whole | twice)
+    inner = {atom for o in operands for d in o.halo for atom in table.resolve(o.axes[d])[1:]}
+    barred = frozenset(whole | twice | inner)
     reason = result.reason or ("one axis occurs in two dimensions" if twice else "")
+    reason = reason or ("rows of an inner part have their neighbours in another row of the outer one" if inner else "")
     return NodeAxes(axes, frozenset(atoms) - barred, barred, tuple(_use(table, o) for o in operands), reason)
 
 

@@ -81,7 +81,8 @@ class Plan:
     ``eager_peak_bytes`` is what the unmodified module holds (0 when it was not asked for), ``allowed_bytes`` the limit
     of the search, ``projected_peak_bytes`` what the compiled program holds at most, ``floor_bytes`` the least peak that
     was found at any number of trips. ``recomputed`` names the moments of GroupNorms whose operands are made twice,
-    ``spilled`` the values that wait in host memory, each with the call from which on it is read back.
+    ``spilled`` the values that wait in host memory, each with the call from which on it is read back;
+    ``joined`` the GroupNorms outside loops that run whole.
     """
 
     key: PlanKey
@@ -98,6 +99,7 @@ class Plan:
     barriers: tuple[Barrier, ...]
     recomputed: tuple[str, ...] = ()
     spilled: tuple[tuple[str, str], ...] = ()
+    joined: tuple[str, ...] = ()
 
     @property
     def trips(self) -> int:
@@ -172,5 +174,6 @@ def _typed(data: dict[str, Any]) -> dict[str, Any]:
         "eager_timeline": tuple(data["eager_timeline"]),
         "barriers": tuple(Barrier(**barrier) for barrier in data["barriers"]),
         "recomputed": tuple(data["recomputed"]),
+        "joined": tuple(data["joined"]),
         "spilled": tuple((name, at) for name, at in data["spilled"]),
     }

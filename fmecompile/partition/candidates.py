@@ -43,7 +43,8 @@ class Candidate:
     ``base_bytes`` is what is held whole during the loop; ``moments`` are (fixed, sliced) bytes of one trip, sliced
     being what a trip over the whole last atom would hold. ``makes`` is (fixed, sliced) of all that a trip makes,
     ``halo_rows`` how many rows beyond its chunk on average, and ``weight_bytes`` what it reads of the model.
-    ``least_bytes`` is held in front of the loop. Once a chunk size was built, ``known`` has what its trips hold, and
+    ``least_bytes`` is held in front of the loop. ``joins`` and ``splits`` count the GroupNorms that operators run whole
+    join again, or leave in parts. Once a chunk size was built, ``known`` has what its trips hold, and
     ``scale`` by how much the estimate was short.
     """
 
@@ -59,6 +60,8 @@ class Candidate:
     makes: tuple[float, float] = (0, 0)
     halo_rows: float = 0.0
     least_bytes: int = 0
+    joins: int = 0
+    splits: int = 0
     scale: float = 1.0
     known: dict[int, int] = field(default_factory=dict)
 
@@ -102,26 +105,33 @@ class Candidate:
         return None
 
     def cost(self, trips: int, chunk: int) -> float:
-        """Trips, weighted by the share of the work that neighbours do twice; and a little for the loop itself."""
+        """Trips, weighted by the share of the work that neighbours do twice; and a little for the loop itself, or for
+        a GroupNorm in parts."""
+        if not self.nest:
+            return 0.25 * self.splits
         return trips * (1 + MAX_HALO_SHARE * self.halo_rows / chunk) + 0.5
 
 
 def plain(region: Region, start: int, stop: int) -> Candidate:
     """Operators ``[start, stop)`` run whole, each releasing what it reads last."""
     peak = max(region.live[p] + region.nbytes[p] + _hidden(region, p, start, stop) for p in range(start, stop))
-    return Candidate(start, stop, (), peak, ())
+    norms = [joined for p in range(start, stop) if (joined := region.joined[p]) is not None and p == joined.last]
+    whole = sum(joined.first >= start for joined in norms)
+    return Candidate(start, stop, (), peak, (), joins=whole, splits=len(norms) - whole)
 
 
 def plain_norms(region: Region) -> Iterator[Candidate]:
     """Split GroupNorms run whole from their first part to the boundary behind their last."""
-    for start, stop in sorted({joined for joined in region.joined if joined is not None}):
-        yield plain(region, start, next(b for b in region.boundaries if b > stop))
+    for joined in sorted({joined for joined in region.joined if joined is not None}):
+        yield plain(region, joined.first, next(b for b in region.boundaries if b > joined.last))
 
 
 def _hidden(region: Region, p: int, start: int, stop: int) -> int:
-    """A GroupNorm whose parts stay together is joined again and needs no wide temporary."""
+    """A GroupNorm whose parts stay together is joined again, and holds what the whole one does."""
     joined = region.joined[p]
-    return 0 if joined is not None and start <= joined[0] and joined[1] < stop else region.hidden[p]
+    if joined is None or joined.first < start or joined.last >= stop:
+        return region.hidden[p]
+    return joined.hidden_bytes if p == joined.last else 0
 
 
 def candidates(region: Region, axes: GraphAxes, start: int, min_trip_bytes: int = 0) -> Iterator[Candidate]:

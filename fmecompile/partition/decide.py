@@ -72,7 +72,7 @@ def replay(partitioner: Partitioner, plan: Plan) -> Answer:
     """Build the groups of a saved plan without a search."""
     position = {node.name: at for at, node in enumerate(partitioner.region.nodes)}
     chosen = tuple(_rebuilt(partitioner, planned, position) for planned in plan.groups)
-    return Answer(chosen, plan.floor_bytes, plan.allowed_bytes)
+    return Answer(chosen, plan.floor_bytes, plan.allowed_bytes, plan.joined)
 
 
 def _rebuilt(partitioner: Partitioner, planned: PlannedGroup, position: dict[str, int]) -> Chosen:

@@ -6,6 +6,7 @@ is returned holds what it says.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -39,11 +40,13 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Answer:
-    """Groups in execution order, the least peak that was found, and the limit the groups were chosen under."""
+    """Groups in execution order, the least peak that was found, the limit the groups were chosen under, and the
+    GroupNorms outside groups to be joined again, by the names of their last parts."""
 
     chosen: tuple[Chosen, ...]
     floor_bytes: int
     allowed_bytes: int
+    joined: tuple[str, ...] = ()
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -57,7 +60,7 @@ class Partitioner:
         nodes = compute_nodes(program.graph)
         self.axes: GraphAxes = propagate(program.graph)
         self.storages: Storages = storages(nodes, program.outputs, facts)
-        self.region: Region = region(self.storages, self.axes)
+        self.region: Region = region(self.storages, self.axes, facts)
         self.builder = Builder(self.region, self.storages, self.axes, facts)
 
     def search(self, limit_bytes: int | None = None) -> Answer:
@@ -76,7 +79,16 @@ class Partitioner:
             assert plan is not None
             if all(self._exact(choice) <= allowed for choice in plan if choice.trips):
                 break
-        return Answer(tuple(self._chosen(c) for c in plan if c.trips), floor, int(allowed))
+        whole = [choice.candidate for choice in plan if not choice.trips]
+        joined = tuple(name for candidate in whole for name in self._joined(candidate))
+        return Answer(tuple(self._chosen(c) for c in plan if c.trips), floor, int(allowed), joined)
+
+    def _joined(self, candidate: Candidate) -> Iterator[str]:
+        """The last parts of GroupNorms that lie within operators run whole."""
+        for p in range(candidate.start, candidate.stop):
+            joined = self.region.joined[p]
+            if joined is not None and joined.first >= candidate.start and joined.last == p:
+                yield self.region.nodes[p].name
 
     def floor_bytes(self) -> int:
         """The least that any plan holds, as far as is known."""
@@ -84,7 +96,11 @@ class Partitioner:
 
     def bottleneck(self) -> int:
         """The position in front of the operators that keep the floor where it is."""
-        return stuck_at(self.table, self._stops, 0.98 * self.floor_bytes())
+        return self.stuck_at(0.98 * self.floor_bytes())
+
+    def stuck_at(self, limit_bytes: float) -> int:
+        """The position in front of the operators that no plan runs within a limit."""
+        return stuck_at(self.table, self._stops, limit_bytes)
 
     @property
     def _stops(self) -> list[int]:

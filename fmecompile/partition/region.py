@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
+import torch
 from torch import fx
 
 from fmecompile.analysis.axes import GraphAxes, Use
+from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.storages import Storages
-from fmecompile.graph.specs import TensorSpec, node_spec
+from fmecompile.graph.specs import TensorSpec, node_spec, specs_in
+from fmecompile.passes.fuse_norm import norm_call
 from fmecompile.runtime.norms import group_norm_apply, group_norm_moments, group_norm_statistics
 
+aten = torch.ops.aten
 NORM_PARTS = (group_norm_moments, group_norm_statistics, group_norm_apply)
 
 
@@ -25,6 +30,14 @@ class Read:
     owner: int
     reduced: frozenset[int]
     halo: dict[int, float]
+
+
+class Joined(NamedTuple):
+    """Positions of the first and the last part of a split GroupNorm, and what the whole one holds while it runs."""
+
+    first: int
+    last: int
+    hidden_bytes: int
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class Region:
     owner: list[int]
     nbytes: tuple[int, ...]
     hidden: list[int]
-    joined: list[tuple[int, int] | None]
+    joined: list[Joined | None]
     last: list[int]
     dies: list[list[int]]
     live: list[int]
@@ -52,7 +65,7 @@ class Region:
         return max(self.nbytes, default=0) // 1000
 
 
-def region(storages: Storages, axes: GraphAxes) -> Region:
+def region(storages: Storages, axes: GraphAxes, facts: FactTable) -> Region:
     """Flatten storages and axes into arrays, and find the boundaries."""
     position = storages.position
     nodes = storages.nodes
@@ -80,7 +93,7 @@ def region(storages: Storages, axes: GraphAxes) -> Region:
         owner=owner,
         nbytes=storages.nbytes,
         hidden=list(storages.hidden),
-        joined=_joined(nodes, position),
+        joined=_joined(nodes, position, facts),
         last=last,
         dies=dies,
         live=live,
@@ -106,17 +119,19 @@ def _weight_bytes(node: fx.Node) -> int:
     return sum(spec.numel * spec.dtype.itemsize for spec in specs if isinstance(spec, TensorSpec))
 
 
-def _joined(nodes: Sequence[fx.Node], position: dict[fx.Node, int]) -> list[tuple[int, int] | None]:
-    """For each part of a split GroupNorm the positions of its first and last part: together they are joined again."""
-    found: list[tuple[int, int] | None] = [None] * len(nodes)
+def _joined(nodes: Sequence[fx.Node], position: dict[fx.Node, int], facts: FactTable) -> list[Joined | None]:
+    """For each part of a split GroupNorm, all of it: together the parts are joined again."""
+    found: list[Joined | None] = [None] * len(nodes)
     for at, node in enumerate(nodes):
-        if node.target is not group_norm_apply:
+        call = norm_call(node)
+        if call is None:
             continue
         statistics = node.args[1]
-        moments = statistics.args[0] if isinstance(statistics, fx.Node) and statistics in position else None
-        if isinstance(moments, fx.Node) and moments in position and moments.args[0] is node.args[0]:
-            for part in (moments, statistics, node):
-                found[position[part]] = (position[moments], at)  # type: ignore[index]
+        moments = statistics.args[0]  # type: ignore[union-attr]
+        whole = facts(aten.group_norm.default, specs_in(call), {})
+        joined = Joined(position[moments], at, whole.hidden_bytes)  # type: ignore[index]
+        for part in (moments, statistics, node):
+            found[position[part]] = joined  # type: ignore[index]
     return found
 
 

@@ -52,7 +52,7 @@ def _sweep(
             choice = _choose(candidate, allowed_bytes)
             if choice is None:
                 continue
-            cost = before[0] + (candidate.cost(choice.trips, choice.chunk) if choice.trips else 0.0)
+            cost = before[0] + candidate.cost(choice.trips, choice.chunk)
             if found is None or cost < found[0]:
                 found = (cost, choice)
         if found is not None:

@@ -1,8 +1,8 @@
 """What the search cannot do alone: give work or transfers for memory, where the peak is, as long as it pays.
 
-A GroupNorm reads its operand twice, so its operand waits as a whole; making that operand twice (``recompute``) frees it.
-Any other value may wait in host memory (``spill``). Where the floor is stuck, each is tried on a copy of the program, and
-the copy kept when its floor is lower by enough.
+A GroupNorm reads its operand twice, so its operand waits as a whole; making that operand twice (``recompute``) frees
+it. Any other value may wait in host memory (``spill``). Where the floor is stuck, each is tried on a copy of the
+program, and the copy kept when its floor is lower by enough.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LEAST_SHARE = 0.2
 """Operands of less than this share of the floor are not tried."""
 MAX_STEPS = 40
 LEAST_SPILL = 0.02
-"""Values of less than this share of the floor are not moved to host memory; nor does a smaller gain pay."""
+"""Values of less than this share of the floor are not moved to host memory, nor any for a smaller gain."""
 
 
 @dataclass(frozen=True)
@@ -119,34 +119,39 @@ def _stuck(best: Prepared) -> tuple[int, int]:
 
 
 def _spilling(best: Prepared, facts: FactTable) -> Iterator[Prepared]:
-    """Copies with a lower floor in which more values wait in host memory."""
-    floor = best.partitioner.floor_bytes()
+    """Copies in which more values wait in host memory, and that get past where the floor is stuck."""
+    below = (1 - LEAST_SPILL) * best.partitioner.floor_bytes()
+    behind = len(best.partitioner.region.nodes) - _stuck(best)[1]
     for cuts in _values_in_the_way(best):
         trial = best.program.copy()
         Spill(cuts).apply(trial, facts)
         partitioner = Partitioner(trial, facts)
-        if partitioner.floor_bytes() <= (1 - LEAST_SPILL) * floor:
+        if len(partitioner.region.nodes) - partitioner.stuck_at(below) <= behind:
             yield Prepared(trial, partitioner, best.recomputed, best.spilled + cuts, best.extra)
 
 
 def _values_in_the_way(best: Prepared) -> Iterator[tuple[Cut, ...]]:
-    """What to cut where the floor is stuck: all values that only wait there; then every value there, largest first."""
+    """What to cut where the floor is stuck: all values that only wait there; then each value there, largest first; then
+    each and all of them right where they are made, so that whole loops read and write host memory."""
     held, (at, end) = best.partitioner.storages, _stuck(best)
     nodes, least = held.nodes, LEAST_SPILL * best.partitioner.floor_bytes()
     waiting: list[Cut] = []
-    busy: list[tuple[int, Cut]] = []
+    busy: dict[str, tuple[int, str, str]] = {}
     for owner, last in held.last.items():
         here = held.position.get(owner, len(nodes))
-        if owner.target is to_host or last == len(nodes) or here >= len(nodes) or held.nbytes[here] < least:
+        if owner.target is to_host or last == len(nodes) or here >= end or last < at or held.nbytes[here] < least:
             continue
-        if here < at <= last:
-            first = held.position[late_readers(owner, at, held)[0][0]]
-            if first >= end:
-                waiting.append((owner.name, nodes[at].name))
-            else:
-                busy.append((held.nbytes[here], (owner.name, nodes[at].name)))
-        elif at <= here < end <= last:
-            busy.append((held.nbytes[here], (owner.name, nodes[end].name)))
+        if here >= at and end == len(nodes):
+            continue
+        cut = nodes[at if here < at else end].name
+        if here < at and held.position[late_readers(owner, at, held)[0][0]] >= end:
+            waiting.append((owner.name, cut))
+        elif here < at or last >= end:
+            busy[owner.name] = (held.nbytes[here], cut, nodes[here + 1].name)
     if waiting:
         yield tuple(waiting)
-    yield from ((cut,) for _, cut in sorted(busy, reverse=True))
+    ordered = sorted(busy, key=lambda name: -busy[name][0])
+    yield from (((name, busy[name][1]),) for name in ordered)
+    yield from (((name, busy[name][2]),) for name in ordered)
+    if len(ordered) > 1:
+        yield tuple((name, busy[name][2]) for name in ordered)
