@@ -31,7 +31,7 @@ from fmecompile.graph.program import Constant, Input, Literal, Program, Weight, 
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.graph.structure import structure
 from fmecompile.partition.decide import describe, replay
-from fmecompile.partition.partition import Partitioner
+from fmecompile.partition.tradeoffs import Prepared, prepare, replayed
 from fmecompile.passes.chunk_loops import ChunkLoops
 from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
@@ -94,33 +94,41 @@ def compile_module(
     *,
     saved: Sequence[Plan] = (),
     limit_bytes: int | None = None,
+    spill: bool = False,
     observe: Observe | None = None,
 ) -> tuple[Compiled, Plan]:
     """Capture, normalise, partition and rewrite one call of ``module``. A matching plan in ``saved`` spares the search.
 
-    ``limit_bytes`` is what activations may hold at most; None takes the default plan.
+    ``limit_bytes`` is what activations may hold at most; None takes the default plan. ``spill`` lets values wait in
+    host memory where no plan meets the limit otherwise.
 
     Raises:
         CaptureError: the module cannot be captured; whatever cannot be sliced afterwards is only a barrier.
         BudgetInfeasible: every plan holds more than ``limit_bytes``.
     """
-    limit = limit_bytes
+    limit, least = limit_bytes, 0
     for _ in range(MAX_REPAIRS):
-        compiled, plan = compile_program(Compilation(capture(module, args, kwargs)), saved, limit, observe)
-        if limit is None or limit_bytes is None or plan.projected_peak_bytes <= limit_bytes:
-            break
-        limit -= 2 * (plan.projected_peak_bytes - limit_bytes)  # the check on fake tensors found more: ask for less
-    if limit_bytes is None:
-        return compiled, plan
-    if plan.projected_peak_bytes > limit_bytes:
-        raise BudgetInfeasible(plan.projected_peak_bytes, limit_bytes)
-    return compiled, replace(plan, allowed_bytes=limit_bytes)
+        try:
+            compiled, plan = compile_program(Compilation(capture(module, args, kwargs)), saved, limit, spill, observe)
+        except BudgetInfeasible as error:
+            if least == 0:
+                raise
+            raise BudgetInfeasible(least, limit_bytes or 0) from error
+        if limit is None or limit_bytes is None:
+            return compiled, plan
+        if plan.projected_peak_bytes <= limit_bytes:
+            return compiled, replace(plan, allowed_bytes=limit_bytes)
+        least = plan.projected_peak_bytes
+        limit -= 2 * (least - limit_bytes)  # the check on fake tensors found more: ask for less
+    assert limit_bytes is not None
+    raise BudgetInfeasible(least, limit_bytes)
 
 
 def compile_program(
     compilation: Compilation,
     saved: Sequence[Plan] = (),
     limit_bytes: int | None = None,
+    spill: bool = False,
     observe: Observe | None = None,
 ) -> tuple[Compiled, Plan]:
     """Everything after capture."""
@@ -137,16 +145,23 @@ def compile_program(
         note = item.apply(program, facts)
         edit.annotate(compute_nodes(program.graph), facts)
         done(pass_name(item), note)
-    partitioner = Partitioner(program, facts)
     key = _key(program)
-    small = [p for p in saved if limit_bytes is None or p.projected_peak_bytes <= limit_bytes]
-    answer = replay(partitioner, key, small) or partitioner.search(limit_bytes)
+    usable = [p for p in saved if p.key == key and (limit_bytes is None or p.projected_peak_bytes <= limit_bytes)]
+    if usable:
+        prepared = replayed(program, facts, usable[0].recomputed, usable[0].spilled)
+        answer = replay(prepared.partitioner, usable[0])
+    else:
+        prepared = prepare(program, facts, limit_bytes, spill=spill)
+        answer = prepared.partitioner.search(limit_bytes)
+    compilation.program, partitioner = prepared.program, prepared.partitioner
+    program = compilation.program
     compilation.groups = {f"chunk_loop_{k}": group for k, group in enumerate(answer.groups)}
     planned = describe(partitioner, answer)
-    done("partition", f"{len(answer.groups)} groups, {sum(g.trips for g in planned)} chunk trips")
+    trips = f"{len(answer.groups)} groups, {sum(g.trips for g in planned)} chunk trips"
+    done("partition", trips + _tradeoffs(prepared))
     compilation.loops = dict(ChunkLoops(answer.groups).apply(program))
     done("chunk-loops", f"{len(compilation.loops)} loops")
-    done("fuse-norm", FuseNorm().apply(program, facts))
+    done("fuse-norm", FuseNorm(answer.joined).apply(program, facts))
     check(program)
     projection = compilation.project()
     projected = max(projection.peak_bytes, measured_peak_bytes(program, compilation.loops))
@@ -163,8 +178,16 @@ def compile_program(
         timeline=tuple(m.total_bytes for m in projection.moments),
         eager_timeline=(),
         barriers=partitioner.barriers(),
+        recomputed=prepared.recomputed,
+        spilled=prepared.spilled,
+        joined=answer.joined,
     )
     return finish(compilation), plan
+
+
+def _tradeoffs(prepared: Prepared) -> str:
+    twice = f", {len(prepared.recomputed)} values made twice" if prepared.recomputed else ""
+    return twice + (f", {len(prepared.spilled)} values wait in host memory" if prepared.spilled else "")
 
 
 def finish(compilation: Compilation) -> Compiled:

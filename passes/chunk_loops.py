@@ -37,9 +37,7 @@ class ChunkLoops:
         loops: dict[str, ChunkLoop] = {}
         for k, group in enumerate(self.groups):
             name = f"chunk_loop_{k}"
-            body = intern(bodies, group.body)
-            tail = intern(bodies, group.tail) if group.tail else None
-            loops[name] = ChunkLoop(group.spec, body, tail)
+            loops[name] = ChunkLoop(group.spec, [intern(bodies, body) for body in group.bodies])
             _replace(program, group, name, moved)
         return loops
 

@@ -1,10 +1,10 @@
-"""two-pass-norm: split GroupNorm into statistics and apply, so that loops may cut the axes it normalises over.
+"""two-pass-norm: split GroupNorm into moments, statistics and apply, so that loops may cut what it normalises over.
 
     before  y = group_norm(x, 32, w, b, 1e-6)
-    after   s = group_norm_statistics(x, 32, 1e-6);  y = group_norm_apply(x, s, w, b)
+    after   m = group_norm_moments(x, 32);  s = group_norm_statistics(m, 1e-6);  y = group_norm_apply(x, s, w, b)
 
-The partition then decides; ``fuse-norm`` joins again every pair that it left together, so a GroupNorm stays split only
-where a loop runs over an axis between its two passes.
+The partition then decides; ``fuse-norm`` joins again every three that it left together, so a GroupNorm stays split only
+where a loop begins or ends between its two passes over ``x``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fmecompile.analysis.facts import FactTable
 from fmecompile.graph import edit
 from fmecompile.graph.program import Program, compute_nodes
 from fmecompile.graph.specs import tensor_spec
-from fmecompile.runtime.norms import group_norm_apply, group_norm_statistics
+from fmecompile.runtime.norms import group_norm_apply, group_norm_moments, group_norm_statistics
 
 aten = torch.ops.aten
 
@@ -35,8 +35,9 @@ class TwoPassNorm:
                 continue
             x, groups, *rest = node.args
             weight, bias, eps = (*rest, *_DEFAULTS[len(rest) :])[:3]
-            statistics = edit.insert_before(node, group_norm_statistics, (x, groups, eps), like=node)
+            moments = edit.insert_before(node, group_norm_moments, (x, groups), like=node)
+            statistics = edit.insert_before(node, group_norm_statistics, (moments, eps), like=node)
             edit.retarget(node, group_norm_apply, (x, statistics, weight, bias), {})
-            edit.annotate([statistics, node], facts)
+            edit.annotate([moments, statistics, node], facts)
             split += 1
         return f"{split} group norms split" if split else "no group norm to split"

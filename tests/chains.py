@@ -14,11 +14,12 @@ from fmecompile.graph.program import Program
 from fmecompile.graph.specs import TensorSpec
 from fmecompile.operators.registry import tensor
 from fmecompile.partition.region import Region
-from fmecompile.runtime.norms import group_norm_apply, group_norm_statistics
+from fmecompile.runtime.norms import group_norm_apply, group_norm_moments, group_norm_statistics
 
 aten = torch.ops.aten
 Step = Callable[[Tape, fx.Node, st.DrawFn], fx.Node]
 MAX_NUMEL = 400
+CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 
 
 def divisors(n: int) -> list[int]:
@@ -92,11 +93,11 @@ def softmax(tape: Tape, x: fx.Node, draw: st.DrawFn) -> fx.Node:
 
 
 def group_norm(tape: Tape, x: fx.Node, draw: st.DrawFn) -> fx.Node:
-    """In one call or in two."""
+    """In one call or in three."""
     groups = draw(st.sampled_from(divisors(tape.shape(x)[1])))
     if len(tape.shape(x)) < 3 or draw(st.booleans()):
         return tape.call(aten.group_norm.default, x, groups, None, None, 1e-3)
-    statistics = tape.call(group_norm_statistics, x, groups, 1e-3)
+    statistics = tape.call(group_norm_statistics, tape.call(group_norm_moments, x, groups), 1e-3)
     return tape.call(group_norm_apply, x, statistics, None, None)
 
 
@@ -140,12 +141,24 @@ def repeated(tape: Tape, x: fx.Node, draw: st.DrawFn) -> fx.Node:
 
 
 def convolution(tape: Tape, x: fx.Node, draw: st.DrawFn) -> fx.Node:
-    """3-D or 4-D, kernels of 1 and 3."""
-    spatial = len(tape.shape(x)) - 2
-    kernel = [draw(st.sampled_from([1, 3])) for _ in range(spatial)]
-    weight = tape.input(tensor(draw(st.integers(1, 3)), tape.shape(x)[1], *kernel))
-    target = aten.conv1d.default if spatial == 1 else aten.conv2d.default
-    return tape.call(target, x, weight, None, [1] * spatial, [k // 2 for k in kernel])
+    """3-D to 5-D; every row of the result in the middle of what it reads, or strides of 2, or no padding."""
+    spatial = tape.shape(x)[2:]
+    reach = [draw(st.sampled_from([(1, 1), (3, 1), (3, 1), (3, 2), (5, 1)])) for _ in spatial]
+    padding = [kernel // 2 * dilation for kernel, dilation in reach]
+    if draw(st.integers(0, 4)) == 0:
+        padding = [draw(st.integers(0, most)) for most in padding]
+    fits = all(size + 2 * p > (k - 1) * d for size, p, (k, d) in zip(spatial, padding, reach, strict=True))
+    reach, padding = (reach, padding) if fits else ([(1, 1)] * len(spatial), [0] * len(spatial))
+    weight = tape.input(tensor(draw(st.integers(1, 3)), tape.shape(x)[1], *(kernel for kernel, _ in reach)))
+    stride = [draw(st.sampled_from([1, 1, 2])) for _ in spatial]
+    result = tape.call(CONVOLUTIONS[len(spatial)], x, weight, None, stride, padding, [d for _, d in reach])
+    return tape.call(aten.mul.Scalar, result, 0.25)  # or a chain of them would lose digits to its own size
+
+
+def upsampled(tape: Tape, x: fx.Node, draw: st.DrawFn) -> fx.Node:
+    """By 2 mostly, which keeps its rows; or by 3 in one dimension, which does not."""
+    ratio = draw(st.sampled_from([(2.0, 2.0), (2.0, 1.0), (1.0, 2.0), (2.0, 2.0), (3.0, 1.0)]))
+    return tape.call(aten.upsample_nearest2d.vec, x, None, list(ratio))
 
 
 def steps_for(shape: tuple[int, ...]) -> list[Step]:
@@ -157,8 +170,10 @@ def steps_for(shape: tuple[int, ...]) -> list[Step]:
         found += [selected, group_norm, attention]
     if len(shape) >= 2 and prod(shape) * shape[-2] <= MAX_NUMEL:
         found.append(gram)
-    if len(shape) in (3, 4):
+    if len(shape) in (3, 4, 5):
         found.append(convolution)
+    if len(shape) == 4 and prod(shape) * 4 <= MAX_NUMEL:
+        found.append(upsampled)
     return found
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from fmecompile.analysis.axes import GraphAxes, propagate
+from fmecompile.analysis.axes import GraphAxes, Use, propagate
 from fmecompile.analysis.facts import FactTable
 from fmecompile.graph import edit
 from fmecompile.graph.group import Group
@@ -25,6 +25,7 @@ from fmecompile.graph.specs import SPEC, TensorSpec, node_spec
 from fmecompile.operators.registry import Axes
 from fmecompile.partition.candidates import Nest, roles
 from fmecompile.partition.partition import Partitioner
+from fmecompile.partition.reach import halo_of
 from fmecompile.partition.region import Region
 from fmecompile.passes.chunk_loops import ChunkLoops
 from fmecompile.passes.relax_views import RelaxViews
@@ -32,6 +33,7 @@ from fmecompile.runtime.chunk_loop import ChunkLoop
 
 aten = torch.ops.aten
 Sample = tuple[Any, ...]
+Shape = tuple[int, ...]
 
 FACTS = FactTable()
 """Facts depend on the call alone, so all tests share them."""
@@ -261,8 +263,15 @@ def mask_along(axes: Axes, atom: int, index: int, size: Callable[[int], int], sh
     return mask.reshape(shape)
 
 
+Poison = tuple[torch.Tensor, dict[int, int]]
+"""Where NaN goes in an operand, and the slices of the result that read it, with how far behind their start it is."""
+
+
 def check_poison(target: Any, sample: Sample) -> int:
-    """NaN in one slice of one operand reaches only the same slice of the result; the number of slices poisoned."""
+    """NaN in one slice of one operand reaches only the same slice of the result; the number of slices poisoned.
+
+    Along a halo NaN in each single row reaches only the slices whose halo has that row, and no row of a halo is idle.
+    """
     axes, node = axes_of_call(target, sample)
     facts, size, specs = axes[node], axes.table.size, specs_of(sample)
     clean = [tensor_of(spec, seed, positive=True) for seed, spec in enumerate(specs)]
@@ -271,14 +280,36 @@ def check_poison(target: Any, sample: Sample) -> int:
     for at, use in enumerate(facts.uses):
         kept = {atom for d in use.kept_dims for atom in use.axes[d]} - use.reduced
         for atom in sorted(kept & facts.carries) if specs[at].dtype.is_floating_point else ():
-            for index in sorted({0, size(atom) // 2, size(atom) - 1}):
-                where = mask_along(use.axes, atom, index, size, specs[at].shape)
+            declared: set[int] = set()
+            seen: set[int] = set()
+            for where, reached in _poisons(use, atom, size, specs[at].shape):
                 poisoned = [t.masked_fill(where, torch.nan) if i == at else t for i, t in enumerate(clean)]
-                result = _called(target, sample, poisoned)
-                declared = mask_along(facts.axes, atom, index, size, tuple(result.shape))
-                assert not torch.isnan(result)[~declared].any(), f"operand {at}, row {index} of atom {atom} leaks"
+                nans = torch.isnan(_called(target, sample, poisoned))
+                slices = (mask_along(facts.axes, atom, i, size, tuple(nans.shape)) for i in range(size(atom)))
+                got = {i for i, one in enumerate(slices) if nans[one].any()}
+                assert got <= reached.keys(), f"operand {at}, atom {atom}: {got} read what {[*reached]} say they read"
+                declared |= set(reached.values())
+                seen |= {reached[i] for i in got}
                 ran += 1
+            if halo_of(use, atom) != (0, 0):
+                assert {min(declared), max(declared)} <= seen, f"operand {at}, atom {atom}: an idle halo"
     return ran
+
+
+def _poisons(use: Use, atom: int, size: Callable[[int], int], shape: Shape) -> Iterator[Poison]:
+    """Some slices of ``atom``; with a halo, whose rows neighbours share, every single row of its dimension."""
+    before, after = halo_of(use, atom)
+    if not before and not after:
+        for index in sorted({0, size(atom) // 2, size(atom) - 1}):
+            yield mask_along(use.axes, atom, index, size, shape), {index: 0}
+        return
+    dim = next(d for d in use.kept_dims if atom in use.axes[d])
+    unit = shape[dim] // size(atom)
+    for row in range(shape[dim]):
+        where = torch.zeros(shape, dtype=torch.bool)
+        where.select(dim, row).fill_(True)
+        places = {i: row - i * unit for i in range(size(atom))}
+        yield where, {i: place for i, place in places.items() if -before <= place < unit + after}
 
 
 def _called(target: Any, sample: Sample, tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -336,7 +336,7 @@ def test_an_interrupted_call_leaves_the_module_usable(monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.body, "forward", interrupted)
+        patch.setattr(loop.bodies[0], "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
             module(batch())
     gc.collect()
@@ -474,7 +474,7 @@ def test_every_node_keeps_its_place() -> None:
     assert loops
     assert all("nn_module_stack" in node.meta for node in loops)
     for loop in graph_module.children():
-        calls = [node for node in loop.body.graph.nodes if node.op == "call_function"]
+        calls = [node for node in loop.bodies[0].graph.nodes if node.op == "call_function"]
         assert any(".py" in node.meta.get("stack_trace", "") for node in calls)
 
 

@@ -210,10 +210,10 @@ def test_ragged_tails(size: int, chunk: int, trips: int, tail: int) -> None:
     looped = Looped(0, 1, atoms_of(program, y)[0], chunk)
     loop, _ = loop_of(program, looped)
     assert loop.spec.trips == trips
-    assert (loop.tail is not None) == bool(tail)
+    assert len(loop.bodies) == 1 + bool(tail)
     assert len(loop.distinct_trips) == 1 + bool(tail)
     rows: list[int] = []
-    for body in filter(None, (loop.body, loop.tail)):
+    for body in loop.bodies:
         body.register_forward_pre_hook(lambda _, operands: rows.append(operands[0].shape[0]))
     loop(*tensors_of(program))
     assert rows == [chunk] * (size // chunk) + [tail] * bool(tail)
@@ -310,8 +310,9 @@ def by_hand(size: int = 5, chunk: int = 2) -> ChunkLoop:
         Output(rows(chunk), (size, 3), (3, 1), torch.float64),
         Output(rows(chunk, of=1), (3, size), (1, 3), torch.float64),
     )
-    spec = LoopSpec((LoopAxis(size, chunk),), (rows(chunk), None), outputs)
-    return ChunkLoop(spec, traced(write, 2), traced(write, 2) if size % chunk else None)
+    kinds = (0,) * (size // chunk) + (1,) * (size % chunk > 0)
+    spec = LoopSpec((LoopAxis(size, chunk),), (rows(chunk), None), outputs, kinds)
+    return ChunkLoop(spec, [traced(write, 2) for _ in set(kinds)])
 
 
 def test_two_outputs_in_their_own_layouts() -> None:
@@ -364,7 +365,7 @@ def test_an_interrupt_leaves_nothing_alive(monkeypatch: pytest.MonkeyPatch) -> N
     loop = by_hand(7, 2)
     x, w = torch.randn(7, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     trips: list[int] = []
-    forward = loop.body.forward
+    forward = loop.bodies[0].forward
 
     def interrupted(*operands: torch.Tensor) -> Any:
         trips.append(len(trips))
@@ -373,7 +374,7 @@ def test_an_interrupt_leaves_nothing_alive(monkeypatch: pytest.MonkeyPatch) -> N
             raise KeyboardInterrupt
         return values
 
-    monkeypatch.setattr(loop.body, "forward", interrupted)
+    monkeypatch.setattr(loop.bodies[0], "forward", interrupted)
     meter = StorageMeter([x, w])
     with meter:
         try:
@@ -437,5 +438,5 @@ def test_bodies_of_equal_structure_are_one_module() -> None:
     groups = (Looped(0, 2, nest, 2), Looped(2, 4, nest, 2))
     loops, _ = with_loops(copied(program), *groups)
     first, second = loops.values()
-    assert first.body is second.body
+    assert first.bodies[0] is second.bodies[0]
     assert_chunks_equal(program, [groups])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import pytest
 import torch
-from chains import dense, factorisations, looped_chains, shapes
+from chains import CONVOLUTIONS, dense, factorisations, looped_chains, shapes
 from conformance import (
     FACTS,
     Sample,
@@ -29,6 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from fmecompile.analysis.memory import project
 from fmecompile.analysis.verify import measured_peak_bytes
@@ -36,11 +38,12 @@ from fmecompile.errors import CaptureError
 from fmecompile.graph.program import compute_nodes
 from fmecompile.graph.specs import TensorSpec
 from fmecompile.operators import RULES
-from fmecompile.operators.registry import Axis, Call, Operand, OperatorRule, Result, tensor
+from fmecompile.operators.registry import Axis, Call, Halo, Operand, OperatorRule, Result, tensor
 from fmecompile.operators.shape import blocks
+from fmecompile.partition.reach import halo_of
 from fmecompile.pipeline import compile_module
 from fmecompile.runtime.executable import Executable
-from fmecompile.runtime.norms import group_norm_apply, group_norm_statistics
+from fmecompile.runtime.norms import group_norm_apply, group_norm_moments, group_norm_statistics
 
 aten = torch.ops.aten
 few = settings(max_examples=15, deadline=None, derandomize=True)
@@ -147,7 +150,9 @@ def test_spellings(target: Any, sample: Sample) -> None:
 REFUSED: list[tuple[Any, Sample, set[int], set[int], str]] = [
     # operator, arguments, dimensions of the result barred, dimensions carried, what the reason speaks of
     (aten.group_norm.default, (tensor(4, 8, 6, 5), 2), {1, 2, 3}, {0}, "statistics"),
-    (group_norm_statistics, (tensor(4, 8, 6, 5), 2, 1e-5), {0, 2}, {1}, "statistics"),
+    (group_norm_moments, (tensor(4, 8, 6, 5), 2), {0, 2}, {1, 3}, "statistics"),
+    (group_norm_moments, (tensor(4, 8, 3, 6, 5), 2), {0, 2}, {1, 3, 4}, "statistics"),
+    (group_norm_statistics, (tensor(2, 4, 3, 6), 1e-5), {0, 2}, {1}, "statistics"),
     (group_norm_apply, (tensor(3, 8, 4), tensor(2, 3, 2), None, None), {1}, {0, 2}, "channels"),
     (aten.layer_norm.default, (tensor(4, 6, 8), [6, 8]), {1, 2}, {0}, "statistics"),
     (aten.rms_norm.default, (tensor(4, 6, 8), [8]), {2}, {0, 1}, "statistics"),
@@ -158,10 +163,30 @@ REFUSED: list[tuple[Any, Sample, set[int], set[int], str]] = [
     (aten.matmul.default, (tensor(5), tensor(4, 5, 6)), {0, 1}, set(), "vector"),
     (aten.addmm.default, (tensor(6), tensor(4, 5), tensor(5, 6)), {1}, {0}, "whole"),
     (aten.addmm.default, (tensor(4, 6), tensor(4, 5), tensor(5, 6)), {0, 1}, set(), "full matrix"),
-    (aten.conv1d.default, (tensor(4, 3, 8), tensor(5, 3, 3), None, [1], [1]), {1, 2}, {0}, "neighbours"),
-    (aten.conv2d.default, (tensor(4, 3, 6, 5), tensor(5, 3, 1, 1), None, [1, 1], [1, 0]), {1, 2}, {0, 3}, "channels"),
-    (aten.conv2d.default, (tensor(4, 3, 6, 5), tensor(5, 3, 1, 1), None, [1, 2]), {1, 3}, {0, 2}, "channels"),
-    (aten.conv3d.default, (tensor(2, 3, 5, 4, 6), tensor(4, 3, 3, 1, 1)), {1, 2}, {0, 3, 4}, "neighbours"),
+    (aten.conv1d.default, (tensor(4, 3, 8), tensor(5, 3, 3), None, [1], [1]), {1}, {0, 2}, "channels"),
+    (aten.conv1d.default, (tensor(4, 3, 8), tensor(5, 3, 3), None, [1], [2]), {1, 2}, {0}, "kernel"),
+    (aten.conv1d.default, (tensor(4, 3, 8), tensor(5, 3, 3)), {1, 2}, {0}, "kernel"),
+    (aten.conv1d.default, (tensor(4, 3, 9), tensor(5, 3, 3), None, [2], [1]), {1, 2}, {0}, "kernel"),
+    (aten.conv1d.default, (tensor(4, 3, 8), tensor(5, 3, 1), None, [2]), {1, 2}, {0}, "kernel"),
+    (aten.conv2d.default, (tensor(4, 3, 6, 5), tensor(5, 3, 1, 1), None, [1, 1], [1, 0]), {1, 2}, {0, 3}, "kernel"),
+    (aten.conv2d.default, (tensor(4, 3, 6, 5), tensor(5, 3, 1, 1), None, [1, 2]), {1, 3}, {0, 2}, "kernel"),
+    (aten.conv2d.default, (tensor(4, 3, 6, 5), tensor(5, 3, 3, 3), None, [1, 1], [1, 1]), {1}, {0, 2, 3}, "channels"),
+    (aten.conv2d.default, (tensor(4, 3, 8, 7), tensor(5, 3, 3, 3), None, [2, 2], [1, 1]), {1, 3}, {0, 2}, "kernel"),
+    (
+        aten.conv2d.padding,
+        (tensor(4, 3, 6, 5), tensor(5, 3, 3, 3), None, [1, 1], "same"),
+        {0, 1, 2, 3},
+        set(),
+        "no axis",
+    ),
+    (aten.conv3d.default, (tensor(2, 3, 5, 4, 6), tensor(4, 3, 3, 1, 1)), {1, 2}, {0, 3, 4}, "kernel"),
+    (
+        aten.conv3d.default,
+        (tensor(2, 3, 5, 4, 6), tensor(4, 3, 3, 1, 3), None, [1, 1, 2], [1, 0, 1]),
+        {1},
+        {0, 2, 3, 4},
+        "channels",
+    ),
     (aten.conv2d.default, (tensor(3, 6, 5), tensor(5, 3, 3, 3)), {0, 1, 2}, set(), "batch dimension"),
     (
         aten.scaled_dot_product_attention.default,
@@ -190,7 +215,11 @@ REFUSED: list[tuple[Any, Sample, set[int], set[int], str]] = [
     (aten.pad.default, (tensor(4, 6), [1, 2]), {1}, {0}, "padded"),
     (aten.reshape.default, (tensor(4, 6, 5), [6, 4, 5]), {0, 1}, {2}, "cuts across"),
     (aten.repeat_interleave.self_int, (tensor(4, 6), 2), {0}, set(), "flattened"),
-    (aten.upsample_nearest2d.vec, (tensor(4, 3, 6, 5), None, [2.0, 2.0]), {2, 3}, {0, 1}, "neighbours"),
+    (aten.upsample_nearest2d.vec, (tensor(4, 3, 6, 5), [9, 7], None), {2, 3}, {0, 1}, "neighbours"),
+    (aten.upsample_nearest2d.vec, (tensor(4, 3, 6, 5), [12, 15], None), {3}, {0, 1, 2}, "neighbours"),
+    (aten.upsample_nearest2d.vec, (tensor(4, 3, 6, 5), None, [2.0, 2.0]), set(), {0, 1, 2, 3}, ""),
+    (aten.upsample_nearest2d.vec, (tensor(4, 3, 6, 5), [24, 5], None), set(), {0, 1, 2, 3}, ""),
+    (aten.upsample_bilinear2d.vec, (tensor(4, 3, 6, 5), [12, 10], False, None), {2, 3}, {0, 1}, "neighbours"),
     (aten.avg_pool2d.default, (tensor(4, 3, 6, 4), [2, 2]), {2, 3}, {0, 1}, "neighbours"),
 ]
 
@@ -225,6 +254,39 @@ def test_operands_are_reduced(target: Any, sample: Sample, operand: int, reduced
     axes, node = axes_of_call(target, sample)
     use = axes[node].uses[operand]
     assert {d for d, axis in enumerate(use.axes) if set(axis) & use.reduced} == reduced
+
+
+HALOS: list[tuple[Any, Sample, dict[int, Halo] | None]] = [
+    # operator, arguments, rows that each kept spatial dimension reads beyond its slice; None where it is refused
+    (aten.conv1d.default, (tensor(2, 3, 8), tensor(5, 3, 3), None, [1], [1]), {2: (1, 1)}),
+    (aten.conv1d.default, (tensor(2, 3, 8), tensor(5, 3, 1)), {2: (0, 0)}),
+    (aten.conv1d.default, (tensor(2, 3, 8), tensor(5, 3, 5), None, [1], [2]), {2: (2, 2)}),
+    (aten.conv1d.default, (tensor(2, 3, 9), tensor(5, 3, 5), None, [1], [4], [2]), {2: (4, 4)}),
+    (aten.conv1d.default, (tensor(2, 3, 8), tensor(5, 3, 3), None, [2], [1]), {2: (1, 0)}),
+    (aten.conv1d.default, (tensor(2, 3, 8), tensor(5, 3, 4), None, [2], [1]), {2: (1, 1)}),
+    (aten.conv1d.default, (tensor(2, 3, 8), tensor(5, 3, 2), None, [2]), {2: (0, 0)}),
+    (aten.conv1d.default, (tensor(2, 3, 9), tensor(5, 3, 5), None, [3], [1]), {2: (1, 1)}),
+    (aten.conv1d.default, (tensor(2, 3, 8), tensor(5, 3, 3)), None),
+    (aten.conv1d.default, (tensor(2, 3, 8), tensor(5, 3, 2), None, [1], [1]), None),
+    (aten.conv1d.default, (tensor(2, 3, 9), tensor(5, 3, 3), None, [2], [1]), None),
+    (aten.conv1d.default, (tensor(2, 3, 8), tensor(5, 3, 3), None, [1], [1], [2]), None),
+    (aten.conv2d.default, (tensor(2, 3, 8, 6), tensor(5, 3, 3, 1), None, [2, 1], [1, 0]), {2: (1, 0), 3: (0, 0)}),
+    (aten.conv2d.default, (tensor(2, 3, 8, 6), tensor(5, 3, 3, 5), None, [1], [1, 2]), {2: (1, 1), 3: (2, 2)}),
+    (aten.upsample_nearest2d.vec, (tensor(2, 3, 4, 5), None, [2.0, 2.0]), {2: (0, 0), 3: (0, 0)}),
+    (aten.upsample_nearest2d.vec, (tensor(2, 3, 4, 5), [9, 7], None), None),
+]
+
+
+@pytest.mark.parametrize(("target", "sample", "halos"), HALOS, ids=lambda v: str(v)[:60])
+def test_halos(target: Any, sample: Sample, halos: dict[int, Halo] | None) -> None:
+    """Exactly the rows a kernel reaches over; where rows of both sides do not match up, the axis is refused."""
+    axes, node = axes_of_call(target, sample)
+    (use, *_), found = axes[node].uses, {}
+    for d in sorted(use.kept_dims - {0, 1}):
+        assert use.axes[d][0] in axes[node].carries
+        found[d] = halo_of(use, use.axes[d][0])
+    assert found == (halos or {})
+    check_rule(target, sample, most=12)
 
 
 def test_an_axis_that_occurs_twice_is_refused() -> None:
@@ -309,7 +371,7 @@ REPEATED: dict[str, tuple[Callable[[Tape, fx.Node], fx.Node], tuple[int, ...]]] 
         lambda t, x: t.call(
             group_norm_apply,
             x,
-            t.call(group_norm_statistics, t.call(aten.flip.default, x, [0]), 2, 1e-3),
+            t.call(group_norm_statistics, t.call(group_norm_moments, t.call(aten.flip.default, x, [0]), 2), 1e-3),
             None,
             None,
         ),
@@ -431,6 +493,48 @@ def test_a_wrong_rule_is_caught(
             check(target, sample)
 
 
+STRIDED = (tensor(2, 3, 8), tensor(3, 3, 3), None, [2], [1])
+CENTRED = (tensor(2, 3, 7), tensor(3, 3, 3), None, [1], [1])
+
+
+@pytest.mark.parametrize(
+    ("sample", "halo", "words"),
+    [
+        (CENTRED, (1, 1), ""),  # the right one
+        (CENTRED, (0, 1), "say they read"),  # one row short
+        (CENTRED, (1, 0), "say they read"),
+        (CENTRED, (0, 0), "say they read"),
+        (CENTRED, (0, 2), "say they read"),  # as many rows, but not those
+        (CENTRED, (2, 0), "say they read"),
+        (CENTRED, (2, 2), "idle"),
+        (CENTRED, (1, 2), "idle"),
+        (STRIDED, (1, 0), ""),
+        (STRIDED, (0, 0), "say they read"),
+        (STRIDED, (0, 1), "say they read"),
+        (STRIDED, (1, 1), "idle"),
+        (STRIDED, (3, 0), "idle"),
+    ],
+    ids=str,
+)
+def test_a_wrong_halo_is_caught(sample: Sample, halo: Halo, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control group of halos: one too small is seen by poison and by comparing, one too large by poison."""
+
+    def rule(call: Call, x: Operand, *_: Any) -> Result:
+        rows, _ = call.split(x.axes[2], [call.shape[2], x.shape[2] // call.shape[2]]) or ((), ())
+        call.keep_with_halo(x, 2, *halo)
+        return call.result([None, None, rows])
+
+    monkeypatch.setitem(RULES, aten.conv1d.default, replace(RULES[aten.conv1d.default], rule=rule))
+    if not words:
+        check_rule(aten.conv1d.default, sample)
+        return
+    with pytest.raises(AssertionError, match=words):
+        check_poison(aten.conv1d.default, sample)
+    if words != "idle":
+        with pytest.raises((AssertionError, RuntimeError)):
+            check_chunks(aten.conv1d.default, sample)
+
+
 def test_the_control_group_ends_with_its_test() -> None:
     assert aten.cumsum.default not in RULES and aten.roll.default not in RULES
 
@@ -504,17 +608,18 @@ def linear_calls(draw: st.DrawFn) -> tuple[Any, Sample]:
 
 @st.composite
 def convolution_calls(draw: st.DrawFn) -> tuple[Any, Sample]:
-    """Two or three spatial dimensions, kernels of 1 and 3, strides, paddings and groups."""
-    spatial = draw(st.sampled_from([2, 3]))
-    kernel = [draw(st.sampled_from([1, 3])) for _ in range(spatial)]
-    sizes = [draw(st.integers(3, 5)) for _ in range(spatial)]
+    """One to three spatial dimensions, kernels of 1 to 5, strides, paddings, dilations and groups."""
+    spatial = draw(st.sampled_from([1, 2, 2, 3]))
+    kernel = [draw(st.sampled_from([1, 2, 3, 3, 5])) for _ in range(spatial)]
+    dilation = [draw(st.sampled_from([1, 1, 2])) for _ in kernel]
+    padding = [draw(st.sampled_from([k // 2 * d, k // 2 * d, 0, 1])) for k, d in zip(kernel, dilation, strict=True)]
+    sizes = [draw(st.integers((k - 1) * d + 1, 9)) for k, d in zip(kernel, dilation, strict=True)]
     groups, channels, out = draw(st.sampled_from([(1, 3, 2), (2, 4, 2), (2, 2, 4)]))
-    x = dense(draw, (draw(st.integers(1, 4)), channels, *sizes))
+    x = dense(draw, (draw(st.integers(1, 3)), channels, *sizes))
     weight = tensor(out, channels // groups, *kernel)
     stride = [draw(st.sampled_from([1, 1, 2])) for _ in kernel]
-    padding = [draw(st.sampled_from([0, k // 2, 1])) for k in kernel]
-    target = aten.conv2d.default if spatial == 2 else aten.conv3d.default
-    return target, (x, weight, draw(st.sampled_from([None, tensor(out)])), stride, padding, [1] * spatial, groups)
+    bias = draw(st.sampled_from([None, tensor(out)]))
+    return CONVOLUTIONS[spatial], (x, weight, bias, stride, padding, dilation, groups)
 
 
 @st.composite
@@ -531,7 +636,8 @@ def norm_calls(draw: st.DrawFn) -> tuple[Any, Sample]:
         st.sampled_from(
             [
                 (aten.group_norm.default, (x, groups, *affine, 1e-3)),
-                (group_norm_statistics, (x, groups, 1e-3)),
+                (group_norm_moments, (x, groups)),
+                (group_norm_statistics, (tensor(2, batch, groups, *spatial[:-1]), 1e-3)),
                 (group_norm_apply, (x, tensor(2, batch, groups), *affine)),
                 (aten.layer_norm.default, (x, list(x.shape[-last:]))),
                 (aten.softmax.int, (x, draw(st.integers(-len(x.shape), len(x.shape) - 1)))),
@@ -562,7 +668,7 @@ test_pointwise_on_drawn_shapes = few(given(pointwise_calls())(_check))
 test_shape_operators_on_drawn_shapes = some(given(shape_calls())(_check))
 test_cat_on_drawn_shapes = few(given(cat_calls())(_check))
 test_linear_on_drawn_shapes = few(given(linear_calls())(_check))
-test_convolution_on_drawn_shapes = few(given(convolution_calls())(_check))
+test_convolution_on_drawn_shapes = some(given(convolution_calls())(_check))
 test_norms_on_drawn_shapes = some(given(norm_calls())(_check))
 test_attention_on_drawn_shapes = some(given(attention_calls())(_check))
 
@@ -634,7 +740,7 @@ def test_an_operator_without_a_rule_is_a_barrier(operator: str, function: Callab
     """Never an exception, and the reason reaches the plan."""
     x = torch.randn(4, 6, 8, dtype=torch.float64)
     want, got, barriers = run_compiled(function, x)
-    assert_same(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(want))
+    assert_same(tree_leaves(got), tree_leaves(want))
     assert operator in {barrier.operator for barrier in barriers}
     assert all(barrier.reason for barrier in barriers)
 

@@ -99,8 +99,7 @@ def spec_text(spec: LoopSpec) -> str:
 
 
 def loop_text(name: str, loop: ChunkLoop) -> str:
-    bodies = [("body", loop.body), ("tail", loop.tail)]
-    parts = [f" {what}\n{text_of(body.graph, '    ')}" for what, body in bodies if body is not None]
+    parts = [f" body {kind}\n{text_of(body.graph, '    ')}" for kind, body in enumerate(loop.bodies)]
     return f"{name}\n{spec_text(loop.spec)}{''.join(parts)}"
 
 
@@ -379,7 +378,7 @@ def test_golden_loops(name: str, update_golden: bool) -> None:
 def test_a_norm_inside_a_body_is_joined_again() -> None:
     """Over the batch both passes run in one trip; over rows the first runs outside."""
     joined, apart = (
-        text_of(grouped(captured(Case(s.function, *s.weights), s.inputs, (TwoPassNorm(),)), s).body)
+        text_of(grouped(captured(Case(s.function, *s.weights), s.inputs, (TwoPassNorm(),)), s).bodies[0])
         for s in (LOOPS["around_a_whole_norm"], LOOPS["between_the_passes_of_a_norm"])
     )
     assert "aten.group_norm.default" in joined and "group_norm_apply" not in joined

@@ -14,18 +14,20 @@ from torch import fx
 from fmecompile.graph.atoms import AtomTable
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.operators import RULES
-from fmecompile.operators.registry import Axes, Call, Operand, Result, positional
+from fmecompile.operators.registry import Axes, Call, Halo, Operand, Result, positional
 
 
 @dataclass(frozen=True)
 class Use:
-    """One occurrence of a tensor among a call's arguments: its axes, which of them the call keeps, and the atoms it
-    reduces. A tensor that occurs twice (the query and the key of an attention) has two uses, in argument order."""
+    """One occurrence of a tensor among a call's arguments: its axes, which of them the call keeps, the atoms it
+    reduces, and the halos of kept dimensions. A tensor that occurs twice (the query and the key of an attention) has
+    two uses, in argument order."""
 
     node: fx.Node
     axes: Axes
     reduced: frozenset[int]
     kept_dims: frozenset[int]
+    halo: tuple[tuple[int, Halo], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,10 @@ def _resolved(table: AtomTable, result: Result, operands: tuple[Operand, ...]) -
     atoms = [atom for axis in axes for atom in axis]
     whole = {atom for d in result.whole for atom in axes[d]}
     twice = {atom for atom in atoms if atoms.count(atom) > 1}
-    barred = frozenset(whole | twice)
+    inner = {atom for o in operands for d in o.halo for atom in table.resolve(o.axes[d])[1:]}
+    barred = frozenset(whole | twice | inner)
     reason = result.reason or ("one axis occurs in two dimensions" if twice else "")
+    reason = reason or ("rows of an inner part have their neighbours in another row of the outer one" if inner else "")
     return NodeAxes(axes, frozenset(atoms) - barred, barred, tuple(_use(table, o) for o in operands), reason)
 
 
@@ -107,4 +111,11 @@ def _use(table: AtomTable, operand: Operand) -> Use:
     atoms = [atom for axis in axes for atom in axis]
     reduced = {atom for d, axis in enumerate(axes) if d not in operand.kept for atom in axis}
     reduced |= {atom for atom in atoms if atoms.count(atom) > 1}
-    return Use(operand.node, axes, frozenset(reduced), frozenset(operand.kept))
+    reduced |= {atom for d in operand.halo for atom in axes[d][1:]}  # inner atoms: their rows have neighbours elsewhere
+    return Use(
+        operand.node,
+        axes,
+        frozenset(reduced),
+        frozenset(operand.kept),
+        tuple((d, rows) for d, rows in operand.halo.items() if axes[d]),
+    )

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from fmecompile.errors import CaptureError
 from fmecompile.graph.specs import TensorSpec, spec_of
-from fmecompile.runtime.measure import StorageMeter, rounded_bytes
+from fmecompile.runtime.measure import StorageMeter, storage_bytes
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,7 @@ class FactTable:
         owner = {t.untyped_storage()._cdata: i for i, t in reversed(list(enumerate(operands)))}
         tensors = [t for t in (result if isinstance(result, (tuple, list)) else [result]) if _is_tensor(t)]
         alias = tuple(owner.get(t.untyped_storage()._cdata) for t in tensors)
-        nbytes = tuple(
-            0 if a is not None else rounded_bytes(t.untyped_storage().nbytes())
-            for t, a in zip(tensors, alias, strict=True)
-        )
+        nbytes = tuple(0 if a is not None else storage_bytes(t) for t, a in zip(tensors, alias, strict=True))
         hidden = meter.peak_bytes - sum(nbytes)
         return CallFacts(_specs(result), alias, nbytes, max(hidden, 0))
 

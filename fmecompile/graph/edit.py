@@ -61,6 +61,12 @@ def inherit(new: fx.Node, like: fx.Node) -> None:
             new.meta[key] = like.meta[key]
 
 
+def clone_before(node: fx.Node, anchor: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """A copy of ``node`` in front of ``anchor`` that reads ``copies`` where there are any."""
+    with node.graph.inserting_before(anchor):
+        return node.graph.node_copy(node, lambda n: copies.get(n, n))
+
+
 def move_before(node: fx.Node, anchor: fx.Node) -> None:
     anchor.prepend(node)
 

@@ -1,4 +1,4 @@
-"""A group ready to be rewritten: which nodes run in the loop, what it slices, what it returns, and its two bodies."""
+"""A group ready to be rewritten: which nodes run in the loop, what it slices, what it returns, and its bodies."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ class Group:
     operands: tuple[fx.Node, ...]
     results: tuple[fx.Node, ...]
     spec: LoopSpec
-    body: fx.Graph
-    tail: fx.Graph | None
+    bodies: tuple[fx.Graph, ...]
     body_bytes: int
     """What one trip holds at most, beyond operands and outputs."""
     result_bytes: tuple[int, ...]

@@ -12,7 +12,7 @@ from typing import Any
 
 from fmecompile.errors import PlanMismatch
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class Plan:
 
     ``eager_peak_bytes`` is what the unmodified module holds (0 when it was not asked for), ``allowed_bytes`` the limit
     of the search, ``projected_peak_bytes`` what the compiled program holds at most, ``floor_bytes`` the least peak that
-    was found at any number of trips.
+    was found at any number of trips. ``recomputed`` names the moments of GroupNorms whose operands are made twice,
+    ``spilled`` the values that wait in host memory, each with the call from which on it is read back;
+    ``joined`` the GroupNorms outside loops that run whole.
     """
 
     key: PlanKey
@@ -95,6 +97,9 @@ class Plan:
     timeline: tuple[int, ...]
     eager_timeline: tuple[int, ...]
     barriers: tuple[Barrier, ...]
+    recomputed: tuple[str, ...] = ()
+    spilled: tuple[tuple[str, str], ...] = ()
+    joined: tuple[str, ...] = ()
 
     @property
     def trips(self) -> int:
@@ -168,4 +173,7 @@ def _typed(data: dict[str, Any]) -> dict[str, Any]:
         "timeline": tuple(data["timeline"]),
         "eager_timeline": tuple(data["eager_timeline"]),
         "barriers": tuple(Barrier(**barrier) for barrier in data["barriers"]),
+        "recomputed": tuple(data["recomputed"]),
+        "joined": tuple(data["joined"]),
+        "spilled": tuple((name, at) for name, at in data["spilled"]),
     }

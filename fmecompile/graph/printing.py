@@ -27,9 +27,9 @@ def _loop(name: str, loop: ChunkLoop, shown: dict[fx.GraphModule, str]) -> str:
     for k, output in enumerate(spec.outputs):
         where = "allocated" if output.takes is None else f"over operand {output.takes}"
         lines.append(f"#   writes result {k} {output.shape} {where}, cut by {_cut(output.cut)}")
-    for role, body in (("body", loop.body), ("tail", loop.tail)):
-        if body is None:
-            continue
+    for kind, body in enumerate(loop.bodies):
+        assert isinstance(body, fx.GraphModule)
+        role = f"body {kind}"
         if body in shown:
             lines.append(f"#   {role}: the same as {shown[body]}")
             continue

@@ -55,6 +55,12 @@ class Program:
     literals: dict[str, torch.Tensor]
     constants: fx.GraphModule | None = None
 
+    def copy(self) -> Program:
+        """The same program with a graph of its own; nodes keep their names."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        return Program(graph, list(self.bindings), self.out_spec, dict(self.literals), self.constants)
+
     @property
     def placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]

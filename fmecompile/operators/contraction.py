@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
+from torch import fx
 
+from fmecompile.graph.specs import node_spec
 from fmecompile.operators.pointwise import broadcast
-from fmecompile.operators.registry import Axis, Call, Operand, Result, axis_rule, tensor
+from fmecompile.operators.registry import Axis, Call, Halo, Operand, Result, axis_rule, tensor
 
 aten = torch.ops.aten
 
@@ -123,6 +126,17 @@ def attention(
     return call.result([*axes, rows, None], "attention mixes it")
 
 
+def products(node: fx.Node) -> int:
+    """How many products a convolution, or a matrix product with a weight, sums up; 0 for other calls."""
+    if node.target not in _WEIGHTED:
+        return 0
+    spec, weight = node_spec(node), node_spec(node.args[1])  # type: ignore[arg-type]
+    return spec.numel * prod(weight.shape[1:])
+
+
+_WEIGHTED = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+
+
 def _at(option: int | Sequence[int], dim: int) -> int:
     if isinstance(option, int):
         return option
@@ -136,9 +150,10 @@ def convolution(
     bias: Operand | None = None,
     stride: int | Sequence[int] = 1,
     padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
     *_: Any,
 ) -> Result:
-    """(N, C, *) -> (N, C', *). Keeps N, and a spatial dimension where kernel and stride are 1 and nothing is padded."""
+    """(N, C, *) -> (N, C', *). Keeps N, and each spatial dimension with the halo its kernel reaches over."""
     del bias
     kernel = weight.shape[2:]
     if x.ndim != len(kernel) + 2:
@@ -146,14 +161,48 @@ def convolution(
     call.keep(x, [0])
     axes: list[Axis | None] = [x.axes[0], None]
     for d, size in enumerate(kernel):
-        alone = size == 1 and _at(stride, d) == 1 and not isinstance(padding, str) and _at(padding, d) == 0
-        if alone:
-            call.keep(x, [d + 2])
-        axes.append(x.axes[d + 2] if alone else None)
-    return call.result(axes, "a convolution mixes channels, and its kernel reaches over neighbours")
+        pad = None if isinstance(padding, str) else _at(padding, d)
+        axes.append(_windowed(call, x, d + 2, _at(dilation, d) * (size - 1) + 1, _at(stride, d), pad))
+    return call.result(axes, "a convolution mixes channels, and its kernel does not keep this axis")
 
 
-axis_rule(aten.conv1d.default, samples=((tensor(4, 3, 8), tensor(5, 3, 3), tensor(5), [1], [1]),))(convolution)
+def _windowed(call: Call, x: Operand, dim: int, reach: int, stride: int, padding: int | None) -> Axis | None:
+    """The axis of a convolution's result whose row r reads ``reach`` rows from ``r * stride - padding``; None where the
+    rows of both do not match up."""
+    after = reach - stride - (padding or 0)
+    if padding is None or after < 0 or x.shape[dim] != stride * call.shape[dim]:
+        return None
+    parts = call.split(x.axes[dim], [call.shape[dim], stride])
+    if parts is None:
+        return None
+    call.keep_with_halo(x, dim, padding, after)
+    return parts[0]
+
+
+def zeros_at_borders(args: tuple[Any, ...], missing: dict[int, Halo]) -> tuple[list[int], tuple[Any, ...]]:
+    """A convolution of a slice pads with zeros only where the whole tensor ends, unlike the one of the whole."""
+    x, weight, _, *options = (*args, *_CONVOLUTION_DEFAULTS[len(args) :])
+    stride, padding, *rest = options
+    pads = [_at(padding, d) for d in range(len(weight.shape) - 2)]
+    amounts = [0] * (2 * len(pads))
+    for dim, (before, after) in missing.items():
+        pads[dim - 2] = before if before == after else 0
+        if before != after:
+            back = len(x.shape) - 1 - dim
+            amounts[2 * back : 2 * back + 2] = [before, after]
+    return amounts, (stride, pads, *rest)
+
+
+_CONVOLUTION_DEFAULTS = (None, None, None, [1], [0], [1], 1)  # input, weight, bias, stride, padding, dilation, groups
+
+axis_rule(
+    aten.conv1d.default,
+    samples=(
+        (tensor(4, 3, 8), tensor(5, 3, 3), tensor(5), [1], [1]),
+        (tensor(2, 3, 12), tensor(5, 3, 5), None, [1], [4], [2]),
+    ),
+    at_borders=zeros_at_borders,
+)(convolution)
 axis_rule(
     aten.conv2d.default,
     samples=(
@@ -162,7 +211,10 @@ axis_rule(
         (tensor(4, 3, 6, 5), tensor(5, 3, 1, 1), tensor(5), [1, 1], [1, 0]),
         (tensor(3, 6, 5), tensor(5, 3, 3, 3)),
         (tensor(4, 4, 6, 4), tensor(4, 2, 1, 3), None, [1, 2], [0, 1], [1, 1], 2),
+        (tensor(2, 3, 8, 6), tensor(4, 3, 3, 3), None, [2, 2], [1, 1]),
+        (tensor(2, 3, 8, 6), tensor(4, 3, 2, 3), None, [2, 1], [0, 0]),
     ),
+    at_borders=zeros_at_borders,
 )(convolution)
 axis_rule(
     aten.conv3d.default,
@@ -170,4 +222,5 @@ axis_rule(
         (tensor(2, 3, 5, 4, 6), tensor(4, 3, 3, 1, 1), tensor(4), [1, 1, 1], [1, 0, 0]),
         (tensor(3, 2, 4, 4, 3), tensor(4, 2, 3, 3, 3), None, [1, 1, 1], [1, 1, 1]),
     ),
+    at_borders=zeros_at_borders,
 )(convolution)

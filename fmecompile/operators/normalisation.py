@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fmecompile.operators.registry import Call, Operand, Result, axis_rule, tensor
-from fmecompile.runtime.norms import group_norm_statistics
+from fmecompile.runtime.norms import group_norm_moments, group_norm_statistics
 
 aten = torch.ops.aten
 
@@ -23,11 +23,18 @@ def group_norm(call: Call, x: Operand, num_groups: int, *_: Any) -> Result:
     return call.result([x.axes[0]] + [None] * (x.ndim - 1), f"GroupNorm({num_groups}) takes statistics over it")
 
 
-@axis_rule(group_norm_statistics, samples=((tensor(4, 8, 6, 5), 2, 1e-5), (tensor(3, 8, 5), 4, 1e-6)))
-def statistics(call: Call, x: Operand, *_: Any) -> Result:
-    """(N, C, *) -> (2, N, G). Keeps N, reduces the rest."""
-    call.keep(x, [0])
-    return call.result([None, x.axes[0], None], "GroupNorm statistics are taken over it")
+@axis_rule(group_norm_moments, samples=((tensor(4, 8, 6, 5), 2), (tensor(3, 8, 5), 4), (tensor(1, 8, 3, 4, 5), 4)))
+def moments(call: Call, x: Operand, *_: Any) -> Result:
+    """(N, C, D1, ..., Dk) -> (2, N, G, D1, ..., Dk-1). Keeps N and D1 to Dk-1."""
+    call.keep(x, [0, *range(2, x.ndim - 1)])
+    return call.result([None, x.axes[0], None, *x.axes[2:-1]], "GroupNorm takes statistics over it")
+
+
+@axis_rule(group_norm_statistics, samples=((tensor(2, 4, 8, 6), 1e-5), (tensor(2, 3, 8), 1e-6)))
+def statistics(call: Call, moments: Operand, *_: Any) -> Result:
+    """(2, N, G, *) -> (2, N, G). Keeps N, reduces the rest."""
+    call.keep(moments, [1])
+    return call.result([None, moments.axes[1], None], "GroupNorm takes statistics over it")
 
 
 @axis_rule(

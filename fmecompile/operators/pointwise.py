@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fmecompile.operators.registry import Axis, Call, Operand, Result, axis_rule, tensor
+from fmecompile.runtime.host import to_device, to_host
 from fmecompile.runtime.norms import group_norm_apply
 
 aten = torch.ops.aten
@@ -72,6 +73,8 @@ pointwise(
     aten.zeros_like.default,
     aten.ones_like.default,
 )
+pointwise(to_host, samples=_ONE)
+pointwise(to_device, samples=((tensor(4, 6, 5), torch.device("cpu")),))
 pointwise(aten.alias.default, aten.detach.default)
 pointwise(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, samples=_TWO + _OUTER)
 pointwise(aten.maximum.default, aten.minimum.default, samples=_TWO[:2])

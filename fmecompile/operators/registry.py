@@ -5,6 +5,7 @@ A rule is a function ``rule(call, *args, **kwargs)`` whose arguments mirror the 
 (operator, operand, dimension): in self-attention the same atom is kept in the query and reduced in the key.
 
     keep    the slice of the result needs only the same slice of the operand
+    halo    it also needs some rows of the operand before and after that slice, where there are any
     reduce  the result needs the whole dimension of the operand (the default for what a rule does not keep)
     whole   the dimension of the result can only be produced whole
 
@@ -27,15 +28,19 @@ from fmecompile.graph.specs import TensorSpec
 Axes = tuple[Axis, ...]
 """The axis of every dimension of one tensor."""
 
+Halo = tuple[int, int]
+"""Rows needed before and after a slice, in rows of the dimension."""
+
 
 @dataclass(eq=False)
 class Operand:
-    """A tensor operand as a rule sees it."""
+    """A tensor operand as a rule sees it. ``halo``: the rows that a kept dimension needs before and after a slice."""
 
     node: fx.Node
     spec: TensorSpec
     axes: Axes
     kept: set[int] = field(default_factory=set)
+    halo: dict[int, Halo] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,6 +81,11 @@ class Call:
     def keep(self, operand: Operand, dims: Iterable[int]) -> None:
         operand.kept.update(d % operand.ndim for d in dims)
 
+    def keep_with_halo(self, operand: Operand, dim: int, before: int, after: int) -> None:
+        self.keep(operand, [dim])
+        if before or after:
+            operand.halo[dim] = (before, after)
+
     def result(self, axes: Sequence[Axis | None], reason: str = "") -> Result:
         """Axes of the result; None stands for a fresh axis that can only be produced whole."""
         whole = frozenset(d for d, axis in enumerate(axes) if axis is None and self.shape[d] != 1)
@@ -85,29 +95,35 @@ class Call:
 
 Rule = Callable[..., Result]
 Localise = Callable[[tuple[Any, ...], tuple[int, ...]], tuple[Any, ...]]
+AtBorders = Callable[[tuple[Any, ...], dict[int, Halo]], tuple[list[int], tuple[Any, ...]]]
 Sample = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class OperatorRule:
     """``rule`` states the axes; ``localise(args, shape)`` rewrites literal sizes in the arguments for a chunk whose
-    result has ``shape``, where the operator has any; ``samples`` are argument tuples for the conformance tests."""
+    result has ``shape``, where the operator has any; ``at_borders(args, missing)`` gives the zeros to pad a slice with
+    and the arguments behind operand, weight and bias, where rows that a halo wants do not exist; ``samples`` are
+    argument tuples for the conformance tests."""
 
     rule: Rule
     samples: tuple[Sample, ...]
     localise: Localise | None = None
+    at_borders: AtBorders | None = None
 
 
 RULES: dict[Any, OperatorRule] = {}
 
 
-def axis_rule(*targets: Any, samples: Sequence[Sample], localise: Localise | None = None) -> Callable[[Rule], Rule]:
+def axis_rule(
+    *targets: Any, samples: Sequence[Sample], localise: Localise | None = None, at_borders: AtBorders | None = None
+) -> Callable[[Rule], Rule]:
     """Register ``rule`` for ``targets``. Registering enrols it in the conformance tests through ``samples``."""
 
     def register(rule: Rule) -> Rule:
         for target in targets:
             assert target not in RULES, f"{target} has a rule already"
-            RULES[target] = OperatorRule(rule, tuple(samples), localise)
+            RULES[target] = OperatorRule(rule, tuple(samples), localise, at_borders)
         return rule
 
     return register

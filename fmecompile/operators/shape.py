@@ -242,15 +242,40 @@ def repeat_interleave(call: Call, x: Operand, repeats: int, dim: int | None = No
     return call.result([axis + call.fresh(repeats) if d == dim else axis for d, axis in enumerate(x.axes)])
 
 
+def _upsampled_size(args: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
+    return (args[0], list(shape[2:]), None)
+
+
+@axis_rule(
+    aten.upsample_nearest2d.vec,
+    samples=(
+        (tensor(4, 3, 6, 5), None, [2.0, 2.0]),
+        (tensor(2, 3, 6, 4), [24, 8], None),
+        (tensor(4, 3, 6, 5), [9, 7], None),
+        (tensor(4, 3, 6, 5), [12, 7], None),
+    ),
+    localise=_upsampled_size,
+)
+def upsample_nearest(call: Call, x: Operand, *_: Any) -> Result:
+    """(N, C, H, W) -> (N, C, H', W'). Keeps N and C; a dimension stretched by a power of two becomes [old, ratio]."""
+    call.keep(x, [0, 1])
+    axes: list[Axis | None] = [x.axes[0], x.axes[1]]
+    for d in range(2, x.ndim):
+        ratio, rest = divmod(call.shape[d], x.shape[d])
+        if rest or ratio & (ratio - 1):
+            axes.append(None)
+            continue
+        call.keep(x, [d])
+        axes.append(x.axes[d] + call.fresh(ratio))
+    return call.result(axes, "resampling by this ratio reaches over neighbours")
+
+
 def resample(call: Call, x: Operand, *_: Any) -> Result:
     """(N, C, H, W) -> (N, C, H', W'). Keeps N and C."""
     call.keep(x, [0, 1])
     return call.result([x.axes[0], x.axes[1], *[None] * (x.ndim - 2)], "resampling reaches over neighbours")
 
 
-axis_rule(
-    aten.upsample_nearest2d.vec, samples=((tensor(4, 3, 6, 5), None, [2.0, 2.0]), (tensor(4, 3, 6, 5), [9, 7], None))
-)(resample)
 axis_rule(aten.upsample_bilinear2d.vec, samples=((tensor(4, 3, 6, 5), [9, 7], False, None),))(resample)
 
 

@@ -3,13 +3,17 @@
 One walk forward from a boundary prices all groups that begin there with the same nest, for every chunk size at once:
 what a trip holds is ``fixed + sliced * chunk / size`` at each moment, and only the moments that may be the peak for
 some chunk size are kept.
+
+Halos: the ``depth`` of a call is how many rows of the innermost atom the halos up to it span, on the way with the most.
+In a group that ends at depth D, a trip makes ``chunk + D - depth`` rows of a value of that depth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from math import ceil
+from typing import NamedTuple
 
 from fmecompile.analysis.axes import GraphAxes
 from fmecompile.graph.specs import TensorSpec, node_spec
@@ -18,8 +22,15 @@ from fmecompile.partition.region import Region, atom_strides
 MAX_TRIPS = 1024
 MAX_WEIGHT_SHARE = 8
 """Bytes of weights that a trip may read for each byte it makes; above that, chunks cost more time than they save."""
+MAX_HALO_SHARE = 8
+"""A trip makes at least this many times the bytes of its chunk as of the halos that its neighbours make too."""
 MAX_REACH = 200
 """A group spans at most this many operators; search time stays linear in the size of the graph."""
+
+MIN_STRIDE = 32
+"""Atoms whose rows are closer together than this many elements are sliced only where there are no others."""
+MAX_SINGLES = 2
+"""Of the atoms that reach equally far, so many are tried as loops of their own."""
 
 Nest = tuple[int, ...]
 """Loop atoms, outermost first. All but the last run one row at a time."""
@@ -30,38 +41,56 @@ class Candidate:
     """Operators ``[start, stop)`` as one loop nest (``nest`` empty: run whole, one after another).
 
     ``base_bytes`` is what is held whole during the loop; ``moments`` are (fixed, sliced) bytes of one trip, sliced
-    being what a trip over the whole last atom would hold. ``makes`` is (fixed, sliced) of all that a trip makes, and
-    ``weight_bytes`` what it reads of the model. ``known`` holds exact peaks, once measured, by chunk size.
+    being what a trip over the whole last atom would hold. ``makes`` is (fixed, sliced) of all that a trip makes,
+    ``halo_rows`` how many rows beyond its chunk on average, and ``weight_bytes`` what it reads of the model.
+    ``least_bytes`` is held in front of the loop. ``joins`` and ``splits`` count the GroupNorms that operators run whole
+    join again, or leave in parts. Once a chunk size was built, ``known`` has what its trips hold, and
+    ``scale`` by how much the estimate was short.
     """
 
     start: int
     stop: int
     nest: Nest
     base_bytes: int
-    moments: tuple[tuple[int, int], ...]
+    moments: tuple[tuple[float, float], ...]
     outer_trips: int = 1
     size: int = 1
     least_chunk: int = 1
     weight_bytes: int = 0
-    makes: tuple[int, int] = (0, 0)
+    makes: tuple[float, float] = (0, 0)
+    halo_rows: float = 0.0
+    least_bytes: int = 0
+    joins: int = 0
+    splits: int = 0
+    scale: float = 1.0
     known: dict[int, int] = field(default_factory=dict)
 
     def peak_bytes(self, chunk: int) -> int:
         """Projected peak with ``chunk`` rows of the innermost atom a trip."""
-        exact = self.known.get(chunk)
-        if exact is not None:
-            return exact
-        return int(self.base_bytes + self.trip_bytes(chunk))
+        return max(self.least_bytes, int(self.base_bytes + self.trip_bytes(chunk)))
 
     def trip_bytes(self, chunk: int) -> float:
         """What one trip holds at most."""
-        return max((fixed + sliced * chunk / self.size for fixed, sliced in self.moments), default=0.0)
+        exact = self.known.get(chunk)
+        if exact is not None:
+            return exact
+        return self.scale * max((fixed + sliced * chunk / self.size for fixed, sliced in self.moments), default=0.0)
+
+    def learn(self, chunk: int, base_bytes: int, trip_bytes: int) -> None:
+        """Take over what the built group holds; other chunk sizes are off by the same factor."""
+        self.base_bytes = base_bytes
+        estimate = self.trip_bytes(chunk)
+        if estimate and chunk not in self.known:
+            self.scale *= max(1.0, trip_bytes / estimate)
+        self.known[chunk] = trip_bytes
 
     def fit(self, allowed_bytes: float) -> tuple[int, int] | None:
         """Fewest trips whose peak is at most ``allowed_bytes``, with the chunk size; None when one row is too much."""
+        if self.least_bytes > allowed_bytes:
+            return None
         chunk = self.size
         for fixed, sliced in self.moments:
-            room = allowed_bytes - self.base_bytes - fixed
+            room = (allowed_bytes - self.base_bytes) / self.scale - fixed
             if room < 0:
                 return None
             if sliced:
@@ -69,22 +98,40 @@ class Candidate:
         while chunk >= self.least_chunk:
             count = -(-self.size // chunk)
             even = -(-self.size // count)
-            if even >= self.least_chunk and self.known.get(even, 0) <= allowed_bytes:
+            if even >= self.least_chunk and self.base_bytes + self.known.get(even, 0) <= allowed_bytes:
                 trips = self.outer_trips * count
-                return (trips, even) if 1 < trips <= MAX_TRIPS else None
-            chunk = even - 1
+                return (trips, even) if trips <= MAX_TRIPS else None
+            chunk -= 1
         return None
+
+    def cost(self, trips: int, chunk: int) -> float:
+        """Trips, weighted by the share of the work that neighbours do twice; and a little for the loop itself, or for
+        a GroupNorm in parts."""
+        if not self.nest:
+            return 0.25 * self.splits
+        return trips * (1 + MAX_HALO_SHARE * self.halo_rows / chunk) + 0.5
 
 
 def plain(region: Region, start: int, stop: int) -> Candidate:
     """Operators ``[start, stop)`` run whole, each releasing what it reads last."""
-    peak = max(region.live[p] + region.nbytes[p] + _hidden(region, p, 0) for p in range(start, stop))
-    return Candidate(start, stop, (), peak, ())
+    peak = max(region.live[p] + region.nbytes[p] + _hidden(region, p, start, stop) for p in range(start, stop))
+    norms = [joined for p in range(start, stop) if (joined := region.joined[p]) is not None and p == joined.last]
+    whole = sum(joined.first >= start for joined in norms)
+    return Candidate(start, stop, (), peak, (), joins=whole, splits=len(norms) - whole)
 
 
-def _hidden(region: Region, p: int, start: int) -> int:
-    """A GroupNorm whose two passes stay together is joined again and needs no wide temporary."""
-    return 0 if region.paired[p] >= start and region.paired[p] >= 0 else region.hidden[p]
+def plain_norms(region: Region) -> Iterator[Candidate]:
+    """Split GroupNorms run whole from their first part to the boundary behind their last."""
+    for joined in sorted({joined for joined in region.joined if joined is not None}):
+        yield plain(region, joined.first, next(b for b in region.boundaries if b > joined.last))
+
+
+def _hidden(region: Region, p: int, start: int, stop: int) -> int:
+    """A GroupNorm whose parts stay together is joined again, and holds what the whole one does."""
+    joined = region.joined[p]
+    if joined is None or joined.first < start or joined.last >= stop:
+        return region.hidden[p]
+    return joined.hidden_bytes if p == joined.last else 0
 
 
 def candidates(region: Region, axes: GraphAxes, start: int, min_trip_bytes: int = 0) -> Iterator[Candidate]:
@@ -105,10 +152,11 @@ def _least_chunk(candidate: Candidate, min_trip_bytes: int) -> int:
     if not min_trip_bytes:
         return 1
     works = min(_rows(moment, min_trip_bytes, candidate.size) for moment in candidate.moments)
-    return max(works, _rows(candidate.makes, candidate.weight_bytes / MAX_WEIGHT_SHARE, candidate.size))
+    least = max(works, _rows(candidate.makes, candidate.weight_bytes / MAX_WEIGHT_SHARE, candidate.size))
+    return max(least, ceil(candidate.halo_rows * MAX_HALO_SHARE))
 
 
-def _rows(share: tuple[int, int], needed: float, size: int) -> int:
+def _rows(share: tuple[float, float], needed: float, size: int) -> int:
     """The fewest rows with which (fixed, sliced) bytes reach ``needed``."""
     fixed, sliced = share
     if fixed >= needed:
@@ -117,21 +165,29 @@ def _rows(share: tuple[int, int], needed: float, size: int) -> int:
 
 
 def nests(region: Region, axes: GraphAxes, start: int) -> list[Nest]:
-    """Loop nests worth trying from ``start``: of atoms that reach equally far, the prefixes in memory order."""
+    """Loop nests worth trying from ``start``: of atoms that reach equally far alone, each of the outermost, and the
+    prefixes in memory order."""
     end = min(start + MAX_REACH, len(region.nodes))
     first = next((b for b in region.boundaries if b > start), end)
-    small = region.threshold_bytes
-    big = [p for p in range(start, min(first + 40, end)) if region.owner[p] == p and region.nbytes[p] > small]
+    big = _big(region, start, first) or _big(region, start, min(first + 40, end))
     atoms = {atom for p in big for atom in region.carries[p]}
     reach = {atom: _reach(region, start, (atom,), end) for atom in sorted(atoms)}
     reach = {atom: at for atom, at in reach.items() if at >= first}
     found: dict[Nest, None] = {}
     for level in sorted(set(reach.values()), reverse=True):
-        group = {atom for atom, at in reach.items() if at >= level}
-        order = _memory_order(region, axes, big, group)
-        for k in range(1, len(order) + 1):
-            found[order[:k]] = None
+        order = _memory_order(region, axes, big, {atom for atom, at in reach.items() if at >= level})
+        found |= {(atom,): None for atom in order[:MAX_SINGLES]}
+        outer_trips = 1
+        for k, atom in enumerate(order):
+            if outer_trips > MAX_TRIPS:
+                break
+            found[order[: k + 1]] = None
+            outer_trips *= region.sizes[atom]
     return list(found)
+
+
+def _big(region: Region, start: int, stop: int) -> list[int]:
+    return [p for p in range(start, stop) if region.owner[p] == p and region.nbytes[p] > region.threshold_bytes]
 
 
 def _memory_order(region: Region, axes: GraphAxes, big: list[int], atoms: set[int]) -> Nest:
@@ -143,15 +199,15 @@ def _memory_order(region: Region, axes: GraphAxes, big: list[int], atoms: set[in
     spec = node_spec(node)
     assert isinstance(spec, TensorSpec)
     strides = atom_strides(spec, axes[node].axes, region.sizes)
-    return tuple(sorted(atoms & strides.keys(), key=lambda atom: -strides[atom]))
+    order = sorted(atoms & strides.keys(), key=lambda atom: -strides[atom])
+    return tuple(atom for atom in order if strides[atom] >= MIN_STRIDE) or tuple(order)
 
 
 def _reach(region: Region, start: int, nest: Nest, end: int) -> int:
     """The first position that cannot be in a loop over ``nest`` from ``start``."""
     looped: dict[int, bool] = {}
-    atoms = frozenset(nest)
     for p in range(start, end):
-        role = _role(region, p, start, atoms, looped)
+        role = _role(region, p, start, nest, looped)
         if role is None:
             return p
         looped[p] = role
@@ -162,20 +218,26 @@ def roles(region: Region, start: int, stop: int, nest: Nest) -> dict[int, bool]:
     """For each position of a valid group: True when it runs in the loop, False when it is hoisted."""
     looped: dict[int, bool] = {}
     for p in range(start, stop):
-        role = _role(region, p, start, frozenset(nest), looped)
+        role = _role(region, p, start, nest, looped)
         assert role is not None, f"position {p} cannot be in a loop from {start}"
         looped[p] = role
     return looped
 
 
-def _role(region: Region, p: int, start: int, atoms: frozenset[int], looped: dict[int, bool]) -> bool | None:
+def _role(region: Region, p: int, start: int, nest: Nest, looped: dict[int, bool]) -> bool | None:
     """True: in the loop; False: hoisted in front of it; None: it cannot be in this group."""
-    inside = [read for read in region.reads[p] if read.producer >= start and looped[read.producer]]
+    reads, outer = region.reads[p], nest[:-1]
+    inside = [read for read in reads if read.producer >= start and looped[read.producer]]
+    sliced = _meets(nest, region.carries[p]) and not _meets(nest, region.barred[p])
+    if outer and any(_meets(outer, read.halo) for read in reads):
+        sliced = False  # only the innermost atom has halos
     if not inside:
-        return bool(region.carries[p] & atoms) and not region.barred[p] & atoms
-    if region.barred[p] & atoms or not region.carries[p] & atoms:
-        return None
-    return None if any(read.reduced & atoms for read in inside) else True
+        return sliced
+    return True if sliced and not any(_meets(nest, read.reduced) for read in inside) else None
+
+
+def _meets(nest: Nest, atoms: Collection[int]) -> bool:
+    return any(atom in atoms for atom in nest)
 
 
 def _walk(region: Region, start: int, nest: Nest) -> Iterator[Candidate]:
@@ -196,89 +258,139 @@ class _Trip:
         self.region, self.start, self.nest = region, start, nest
         self.atoms = frozenset(nest)
         self.inner = nest[-1]
+        self.size = region.sizes[self.inner]
         self.looped: dict[int, bool] = {}
-        self.fixed = self.sliced = self.hoisted = 0
-        self.share: dict[int, tuple[int, int]] = {}
-        self.moments: list[tuple[int, int]] = []
+        self.hoisted = self.least = 0
+        self.held = self.made = _NOTHING
+        self.share: dict[int, Bytes] = {}
+        self.moments: list[Bytes] = []
+        self.depth: dict[int, float] = {}
+        self.deepest = 0.0
+        self.outer_depth: dict[int, float] = {}
         self.whole_reads: set[int] = set()
         self.dying: list[int] = []
         self.has_loop = False
         self.outer_trips = 1
         self.weight_bytes = 0
-        self.makes = (0, 0)
         for atom in nest[:-1]:
             self.outer_trips *= region.sizes[atom]
 
     def step(self, p: int) -> bool:
         """Add the operator at ``p``; False when it cannot be in this group."""
         region = self.region
-        role = _role(region, p, self.start, self.atoms, self.looped)
+        role = _role(region, p, self.start, self.nest, self.looped)
         if role is None:
             return False
         self.looped[p] = role
         self._note_reads(p, role)
-        hidden = _hidden(region, p, self.start)
         if role:
             self.has_loop = True
-            fixed, sliced = self._split(p, region.nbytes[p])
-            extra_fixed, extra_sliced = self._split(p, hidden)
-            self.fixed, self.sliced = self.fixed + fixed, self.sliced + sliced
+            own = self._split(p, region.nbytes[p])
+            self.held = self.held.plus(own)
+            self.made = self.made.plus(own)
             self.weight_bytes += region.weight_bytes[p]
-            self.makes = (self.makes[0] + fixed, self.makes[1] + sliced)
-            self._moment(self.fixed + extra_fixed, self.sliced + extra_sliced)
+            self._moment(self.held.plus(self._split(p, _hidden(region, p, self.start, p + 1))))
             if region.owner[p] == p:
-                self.share[p] = (fixed, sliced)
+                self.share[p] = own
         else:
             self.hoisted += region.nbytes[p]
+            self.least = max(self.least, self.hoisted + _hidden(region, p, self.start, p + 1))
         for dead in region.dies[p]:
             if dead < self.start:
                 self.dying.append(dead)
             elif dead in self.share:
-                fixed, sliced = self.share.pop(dead)
-                self.fixed, self.sliced = self.fixed - fixed, self.sliced - sliced
+                self.held = self.held.minus(self.share.pop(dead))
         return True
 
     def _note_reads(self, p: int, role: bool) -> None:
-        """Remember outside storages of which a trip reads more than its own slice."""
-        for read in self.region.reads[p]:
-            outside = read.owner < self.start
-            if outside and (not role or read.reduced & self.atoms):
+        """The depth of ``p``; and of outside storages, which are read beyond a trip's own slice and from what depth."""
+        reads = self.region.reads[p]
+        if role:
+            self.depth[p] = max(
+                (self.depth.get(r.producer, 0.0) + r.halo.get(self.inner, 0.0) for r in reads), default=0.0
+            )
+            self.deepest = max(self.deepest, self.depth[p])
+        for read in reads:
+            if read.owner >= self.start or read.producer in self.depth:
+                continue
+            if not role or read.reduced & self.atoms:
                 self.whole_reads.add(read.owner)
+            else:
+                at = self.depth[p] - read.halo.get(self.inner, 0.0)
+                self.outer_depth[read.owner] = min(at, self.outer_depth.get(read.owner, at))
 
-    def _split(self, p: int, nbytes: int) -> tuple[int, int]:
+    def _split(self, p: int, nbytes: int) -> Bytes:
         carried = self.region.carries[p]
         for atom in self.nest[:-1]:
             if atom in carried:
                 nbytes = -(-nbytes // self.region.sizes[atom])
-        return (0, nbytes) if self.inner in carried else (nbytes, 0)
+        if self.inner not in carried:
+            return Bytes(nbytes, 0, 0.0)
+        return Bytes(0, nbytes, nbytes * self.depth.get(p, 0.0) / self.size)
 
-    def _moment(self, fixed: int, sliced: int) -> None:
-        if not any(f >= fixed and s >= sliced for f, s in self.moments):
-            self.moments = [(f, s) for f, s in self.moments if f > fixed or s > sliced]
-            self.moments.append((fixed, sliced))
+    def _moment(self, new: Bytes) -> None:
+        if not any(m.covers(new) for m in self.moments):
+            self.moments = [m for m in self.moments if not new.covers(m)]
+            self.moments.append(new)
 
     def candidate(self, stop: int) -> Candidate:
         region = self.region
         outs = [r for r in self.share if region.last[r] >= stop]
-        free = [region.nbytes[r] for r in self.dying if r not in self.whole_reads and self._whole_nest(r)]
+        free = [region.nbytes[r] for r in self.dying if self._is_free(r)]
         taken = 0
         for r in outs:
             if region.nbytes[r] in free and self._whole_nest(r):
                 free.remove(region.nbytes[r])
                 taken += region.nbytes[r]
         held = region.live[self.start] + self.hoisted + sum(region.nbytes[r] for r in outs) - taken
+        rows = self.deepest / self.size
+        makes = self.made.at(rows)
         return Candidate(
             self.start,
             stop,
             self.nest,
             held,
-            tuple(self.moments),
+            tuple({moment.at(rows) for moment in self.moments}),
             self.outer_trips,
-            region.sizes[self.inner],
+            self.size,
             weight_bytes=self.weight_bytes,
-            makes=self.makes,
+            makes=makes,
+            least_bytes=region.live[self.start] + self.least,
+            halo_rows=(makes[0] - self.made.fixed) * self.size / makes[1] if self.deepest else 0.0,
         )
+
+    def _is_free(self, position: int) -> bool:
+        """Dead after this group, which reads nothing of it but the slice of the trip that handles it."""
+        reached = self.outer_depth.get(position, self.deepest) < self.deepest
+        return position not in self.whole_reads and not reached and self._whole_nest(position)
 
     def _whole_nest(self, position: int) -> bool:
         """A slice of this storage belongs to exactly one trip."""
         return self.atoms <= self.region.carries[position]
+
+
+class Bytes(NamedTuple):
+    """``fixed`` bytes a trip, ``sliced`` of a trip over all rows, and by how much the depth of what is held lowers the
+    bytes of its halos."""
+
+    fixed: float
+    sliced: float
+    shallow: float
+
+    def plus(self, other: Bytes) -> Bytes:
+        return Bytes(self.fixed + other.fixed, self.sliced + other.sliced, self.shallow + other.shallow)
+
+    def minus(self, other: Bytes) -> Bytes:
+        return Bytes(self.fixed - other.fixed, self.sliced - other.sliced, self.shallow - other.shallow)
+
+    def covers(self, other: Bytes) -> bool:
+        """Whether this holds at least as much at every chunk size and depth."""
+        least = self.fixed - self.shallow >= other.fixed - other.shallow
+        return least and self.sliced >= other.sliced
+
+    def at(self, deepest: float) -> tuple[float, float]:
+        """(fixed, sliced) when the group ends at this depth, given as a share of all rows."""
+        return (self.fixed + self.sliced * deepest - self.shallow, self.sliced)
+
+
+_NOTHING = Bytes(0, 0, 0.0)

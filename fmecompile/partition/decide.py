@@ -10,7 +10,7 @@ from torch import fx
 
 from fmecompile.graph.group import Group
 from fmecompile.graph.invariants import module_path
-from fmecompile.graph.plan import Plan, PlanKey, PlannedAxis, PlannedGroup
+from fmecompile.graph.plan import Plan, PlannedAxis, PlannedGroup
 from fmecompile.partition.candidates import Candidate, Nest
 from fmecompile.partition.partition import Answer, Chosen, Partitioner
 from fmecompile.partition.search import Choice
@@ -68,14 +68,11 @@ def _modules(nodes: Sequence[fx.Node]) -> tuple[str, ...]:
     return tuple(heads)
 
 
-def replay(partitioner: Partitioner, key: PlanKey, saved: Sequence[Plan]) -> Answer | None:
-    """Build the groups of the saved plan with this key, without a search; None when there is none."""
-    plan = next((plan for plan in saved if plan.key == key), None)
-    if plan is None:
-        return None
+def replay(partitioner: Partitioner, plan: Plan) -> Answer:
+    """Build the groups of a saved plan without a search."""
     position = {node.name: at for at, node in enumerate(partitioner.region.nodes)}
     chosen = tuple(_rebuilt(partitioner, planned, position) for planned in plan.groups)
-    return Answer(chosen, plan.floor_bytes, plan.allowed_bytes)
+    return Answer(chosen, plan.floor_bytes, plan.allowed_bytes, plan.joined)
 
 
 def _rebuilt(partitioner: Partitioner, planned: PlannedGroup, position: dict[str, int]) -> Chosen:
@@ -86,5 +83,5 @@ def _rebuilt(partitioner: Partitioner, planned: PlannedGroup, position: dict[str
     group = partitioner.builder.build(start, stop, nest, chunk)
     candidate = Candidate(start, stop, nest, planned.peak_bytes, (), size=planned.axes[-1].size)
     peak = partitioner.peak_bytes(start, group)
-    candidate.known[chunk] = peak
+    candidate.learn(chunk, peak, 0)
     return Chosen(group, Choice(candidate, chunk, planned.trips), peak, planned.whole_bytes)

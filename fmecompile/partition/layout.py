@@ -2,52 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from fractions import Fraction
 from math import prod
 
 from fmecompile.graph.atoms import Axis
 from fmecompile.graph.specs import TensorSpec
-from fmecompile.operators.registry import Axes
+from fmecompile.operators.registry import Axes, Halo
 from fmecompile.partition.region import atom_strides
 from fmecompile.runtime.chunk_loop import Cut, Narrow
 
 Nest = tuple[int, ...]
 
 
+def unit_of(axes: Axes, atom: int, sizes: dict[int, int]) -> int | None:
+    """How many rows of its dimension one row of ``atom`` spans; None when no dimension has the atom."""
+    for axis in axes:
+        if atom in axis:
+            return prod(sizes[inner] for inner in axis[axis.index(atom) + 1 :])
+    return None
+
+
 def local_shape(
-    axes: Axes, nest: Nest, rows: int, sizes: dict[int, int], kept: Collection[int] | None = None
+    axes: Axes, nest: Nest, rows: Fraction | int, sizes: dict[int, int], kept: Collection[int] | None = None
 ) -> tuple[int, ...]:
     """The shape of one trip's slice: one row of outer atoms, ``rows`` of the innermost, other atoms whole.
 
-    Dimensions not in ``kept`` (all by default) stay whole.
+    With a halo ``rows`` may be a fraction, as long as the dimension has a whole number of its own rows. Dimensions not
+    in ``kept`` (all by default) stay whole.
     """
     return tuple(
-        prod(_extent(atom, nest if kept is None or d in kept else (), rows, sizes) for atom in axis)
+        int(prod(_extent(atom, nest if kept is None or d in kept else (), rows, sizes) for atom in axis))
         for d, axis in enumerate(axes)
     )
 
 
-def _extent(atom: int, nest: Nest, rows: int, sizes: dict[int, int]) -> int:
+def _extent(atom: int, nest: Nest, rows: Fraction | int, sizes: dict[int, int]) -> Fraction | int:
     if atom not in nest:
         return sizes[atom]
     return rows if atom == nest[-1] else 1
 
 
 def cut_of(
-    axes: Axes, nest: Nest, chunk: int, sizes: dict[int, int], kept: Collection[int] | None = None
+    axes: Axes,
+    nest: Nest,
+    chunk: int,
+    sizes: dict[int, int],
+    kept: Collection[int] | None = None,
+    halo: Halo = (0, 0),
 ) -> Cut | None:
     """How a trip slices a tensor with ``axes`` along the dimensions in ``kept``; None when the nest does not touch it.
 
     A dimension can be narrowed as it is when its looped atoms stand in front, single rows before the chunk; another one
-    is viewed as its atoms first, and the body joins them again.
+    is viewed as its atoms first, and the body joins them again. ``halo`` is in rows of the innermost atom's dimension.
     """
     narrows: list[Narrow] = []
     shape: list[int] = []
     for d, axis in enumerate(axes):
         active = nest if kept is None or d in kept else ()
-        parts = [axis] if _is_contiguous_slice(axis, active, chunk) else [(atom,) for atom in axis]
-        for part in parts:
-            narrow = _narrow(len(shape), part, active, nest, sizes)
+        is_whole = _is_contiguous_slice(axis, active, chunk if halo == (0, 0) else 2)
+        for part in [axis] if is_whole else [(atom,) for atom in axis]:
+            narrow = _narrow(len(shape), part, active, nest, sizes, _scaled(halo, axis, part, nest[-1], sizes))
             narrows += [narrow] if narrow else []
             shape.append(prod(sizes[atom] for atom in part))
     if not narrows:
@@ -55,12 +70,22 @@ def cut_of(
     return Cut(tuple(narrows), tuple(shape) if len(shape) > len(axes) else None)
 
 
-def piece_spec(spec: TensorSpec, axes: Axes, cut: Cut, rows: int, sizes: dict[int, int]) -> TensorSpec:
-    """What a trip gets of a tensor: its spec viewed as the cut says, then narrowed."""
+def _scaled(halo: Halo, axis: Axis, part: Axis, atom: int, sizes: dict[int, int]) -> Halo:
+    """A halo in rows of ``axis`` in rows of the part of it that has ``atom``."""
+    whole, here = unit_of((axis,), atom, sizes), unit_of((part,), atom, sizes)
+    if whole is None or here is None:
+        return (0, 0)
+    return (-(-halo[0] * here // whole), -(-halo[1] * here // whole))
+
+
+def piece_spec(
+    spec: TensorSpec, axes: Axes, cut: Cut, offsets: Sequence[int], rows: int, sizes: dict[int, int]
+) -> TensorSpec:
+    """What the trip at ``offsets`` gets of a tensor: its spec viewed as the cut says, then narrowed."""
     shape, stride = spec.shape, spec.stride
     if cut.shape is not None:
         shape, stride = cut.shape, _viewed_strides(spec, axes, cut.shape, sizes)
-    lengths = dict(enumerate(shape)) | {d: length for d, _, length in cut.spans([0] * 8, rows)}
+    lengths = dict(enumerate(shape)) | {d: length for d, _, length in cut.spans(offsets, rows)}
     return TensorSpec(tuple(lengths.values()), stride, spec.dtype, spec.device)
 
 
@@ -89,7 +114,7 @@ def _is_contiguous_slice(axis: Axis, nest: Nest, chunk: int) -> bool:
     return True
 
 
-def _narrow(dim: int, axis: Axis, active: Nest, nest: Nest, sizes: dict[int, int]) -> Narrow | None:
+def _narrow(dim: int, axis: Axis, active: Nest, nest: Nest, sizes: dict[int, int], halo: Halo) -> Narrow | None:
     terms, step = [], 1
     for atom in reversed(axis):
         if atom in active:
@@ -98,7 +123,9 @@ def _narrow(dim: int, axis: Axis, active: Nest, nest: Nest, sizes: dict[int, int
     if not terms:
         return None
     unit = prod(sizes[atom] for atom in axis if atom not in active)
-    return Narrow(dim, tuple(terms), unit, nest[-1] in active and nest[-1] in axis)
+    if nest[-1] not in active or nest[-1] not in axis:
+        return Narrow(dim, tuple(terms), unit, False)
+    return Narrow(dim, tuple(terms), unit, True, halo, sizes[nest[-1]] * unit)
 
 
 def can_overlay(

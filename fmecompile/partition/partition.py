@@ -6,7 +6,9 @@ is returned holds what it says.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from fmecompile.analysis.axes import GraphAxes, propagate
@@ -19,9 +21,9 @@ from fmecompile.graph.invariants import module_path
 from fmecompile.graph.plan import Barrier
 from fmecompile.graph.program import Program, compute_nodes
 from fmecompile.partition.build import Builder
-from fmecompile.partition.candidates import Candidate, candidates, plain
+from fmecompile.partition.candidates import Candidate, candidates, plain, plain_norms
 from fmecompile.partition.region import Region, region
-from fmecompile.partition.search import KNEE, Choice, cheapest, least_limit
+from fmecompile.partition.search import KNEE, Choice, cheapest, least_limit, stuck_at
 
 MAX_ROUNDS = 12
 
@@ -38,11 +40,13 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Answer:
-    """Groups in execution order, the least peak that was found, and the limit the groups were chosen under."""
+    """Groups in execution order, the least peak that was found, the limit the groups were chosen under, and the
+    GroupNorms outside groups to be joined again, by the names of their last parts."""
 
     chosen: tuple[Chosen, ...]
     floor_bytes: int
     allowed_bytes: int
+    joined: tuple[str, ...] = ()
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -56,7 +60,7 @@ class Partitioner:
         nodes = compute_nodes(program.graph)
         self.axes: GraphAxes = propagate(program.graph)
         self.storages: Storages = storages(nodes, program.outputs, facts)
-        self.region: Region = region(self.storages, self.axes)
+        self.region: Region = region(self.storages, self.axes, facts)
         self.builder = Builder(self.region, self.storages, self.axes, facts)
 
     def search(self, limit_bytes: int | None = None) -> Answer:
@@ -64,20 +68,43 @@ class Partitioner:
 
         Raises BudgetInfeasible when every plan holds more; its ``floor_bytes`` are what the best one holds.
         """
-        stops = self.region.boundaries[1:]
         if not self.region.nodes:
             return Answer((), 0, limit_bytes or 0)
-        table = self._candidates()
         for _ in range(MAX_ROUNDS):
-            floor = least_limit(table, stops)
+            floor = self.floor_bytes()
             if limit_bytes is not None and floor > limit_bytes:
-                raise BudgetInfeasible(int(floor), limit_bytes)
+                raise BudgetInfeasible(floor, limit_bytes)
             allowed = floor * KNEE if limit_bytes is None else limit_bytes
-            plan = cheapest(table, stops, allowed)
+            plan = cheapest(self.table, self._stops, allowed)
             assert plan is not None
             if all(self._exact(choice) <= allowed for choice in plan if choice.trips):
                 break
-        return Answer(tuple(self._chosen(c) for c in plan if c.trips), int(floor), int(allowed))
+        whole = [choice.candidate for choice in plan if not choice.trips]
+        joined = tuple(name for candidate in whole for name in self._joined(candidate))
+        return Answer(tuple(self._chosen(c) for c in plan if c.trips), floor, int(allowed), joined)
+
+    def _joined(self, candidate: Candidate) -> Iterator[str]:
+        """The last parts of GroupNorms that lie within operators run whole."""
+        for p in range(candidate.start, candidate.stop):
+            joined = self.region.joined[p]
+            if joined is not None and joined.first >= candidate.start and joined.last == p:
+                yield self.region.nodes[p].name
+
+    def floor_bytes(self) -> int:
+        """The least that any plan holds, as far as is known."""
+        return int(least_limit(self.table, self._stops)) if self.region.nodes else 0
+
+    def bottleneck(self) -> int:
+        """The position in front of the operators that keep the floor where it is."""
+        return self.stuck_at(0.98 * self.floor_bytes())
+
+    def stuck_at(self, limit_bytes: float) -> int:
+        """The position in front of the operators that no plan runs within a limit."""
+        return stuck_at(self.table, self._stops, limit_bytes)
+
+    @property
+    def _stops(self) -> list[int]:
+        return self.region.boundaries[1:]
 
     def barriers(self) -> tuple[Barrier, ...]:
         """Operators that no axis of a large result can be sliced through, with the reason."""
@@ -86,12 +113,16 @@ class Partitioner:
             found.setdefault((str(node.target), reason), []).append(module_path(node) or node.name)
         return tuple(Barrier(op, reason, len(at), at[0]) for (op, reason), at in found.items())
 
-    def _candidates(self) -> dict[int, list[Candidate]]:
+    @cached_property
+    def table(self) -> dict[int, list[Candidate]]:
+        """All candidates, by the position where they stop."""
         found: dict[int, list[Candidate]] = {}
         least = min_trip_bytes()
         boundaries = self.region.boundaries
         for start, stop in pairwise(boundaries):
             found.setdefault(stop, []).append(plain(self.region, start, stop))
+        for candidate in plain_norms(self.region):
+            found.setdefault(candidate.stop, []).append(candidate)
         for start in boundaries[:-1]:
             for candidate in candidates(self.region, self.axes, start, least):
                 found.setdefault(candidate.stop, []).append(candidate)
@@ -101,12 +132,15 @@ class Partitioner:
         """The peak of a choice by building and pricing it; the search is told."""
         candidate = choice.candidate
         group = self.builder.build(candidate.start, candidate.stop, candidate.nest, choice.chunk)
-        peak = self.peak_bytes(candidate.start, group)
-        candidate.known[choice.chunk] = peak
-        return peak
+        candidate.learn(choice.chunk, self._base_bytes(candidate.start, group), group.body_bytes)
+        return candidate.peak_bytes(choice.chunk)
+
+    def _base_bytes(self, start: int, group: Group) -> int:
+        return self.region.live[start] + group.hoisted_bytes + group.output_bytes
 
     def peak_bytes(self, start: int, group: Group) -> int:
-        return self.region.live[start] + group.hoisted_bytes + group.output_bytes + group.body_bytes
+        """What the operators before, in and around a built group hold at most while it runs."""
+        return self._base_bytes(start, group) + group.body_bytes
 
     def _chosen(self, choice: Choice) -> Chosen:
         candidate = choice.candidate

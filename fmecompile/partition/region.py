@@ -4,23 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
 
+import torch
 from torch import fx
 
-from fmecompile.analysis.axes import GraphAxes
+from fmecompile.analysis.axes import GraphAxes, Use
+from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.storages import Storages
-from fmecompile.graph.specs import TensorSpec, node_spec
-from fmecompile.runtime.norms import group_norm_apply
+from fmecompile.graph.specs import TensorSpec, node_spec, specs_in
+from fmecompile.passes.fuse_norm import norm_call
+from fmecompile.runtime.norms import group_norm_apply, group_norm_moments, group_norm_statistics
+
+aten = torch.ops.aten
+NORM_PARTS = (group_norm_moments, group_norm_statistics, group_norm_apply)
 
 
 @dataclass(frozen=True)
 class Read:
     """One operand of the call at a position: who produced it (a position, or -1 for a graph input), the position that
-    owns its storage (or -1), and the atoms the call reduces."""
+    owns its storage (or -1), the atoms the call reduces, and by atom the rows of it that the call's halo spans."""
 
     producer: int
     owner: int
     reduced: frozenset[int]
+    halo: dict[int, float]
+
+
+class Joined(NamedTuple):
+    """Positions of the first and the last part of a split GroupNorm, and what the whole one holds while it runs."""
+
+    first: int
+    last: int
+    hidden_bytes: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +53,7 @@ class Region:
     owner: list[int]
     nbytes: tuple[int, ...]
     hidden: list[int]
-    paired: list[int]
+    joined: list[Joined | None]
     last: list[int]
     dies: list[list[int]]
     live: list[int]
@@ -48,24 +65,27 @@ class Region:
         return max(self.nbytes, default=0) // 1000
 
 
-def region(storages: Storages, axes: GraphAxes) -> Region:
+def region(storages: Storages, axes: GraphAxes, facts: FactTable) -> Region:
     """Flatten storages and axes into arrays, and find the boundaries."""
     position = storages.position
     nodes = storages.nodes
     n = len(nodes)
     owner = [position.get(storages.roots[node], -1) for node in nodes]
-    reads = [tuple(_read(use, storages) for use in axes[node].uses) if node in axes.nodes else () for node in nodes]
+    atoms = {atom for facts in axes.nodes.values() for axis in facts.axes for atom in axis}
+    sizes = {atom: axes.table.size(atom) for atom in atoms}
+    reads = [
+        tuple(_read(use, storages, sizes) for use in axes[node].uses) if node in axes.nodes else () for node in nodes
+    ]
     last = [storages.last.get(node, at) for at, node in enumerate(nodes)]
     dies: list[list[int]] = [[] for _ in range(n + 1)]
     for at, node in enumerate(nodes):
         if storages.roots[node] is node:
             dies[min(last[at], n)].append(at)
     live = storages.live_bytes()
-    atoms = {atom for facts in axes.nodes.values() for axis in facts.axes for atom in axis}
     empty: frozenset[int] = frozenset()
     found = Region(
         nodes=nodes,
-        sizes={atom: axes.table.size(atom) for atom in atoms},
+        sizes=sizes,
         carries=[axes[node].carries if node in axes.nodes else empty for node in nodes],
         barred=[axes[node].barred if node in axes.nodes else empty for node in nodes],
         reads=reads,
@@ -73,7 +93,7 @@ def region(storages: Storages, axes: GraphAxes) -> Region:
         owner=owner,
         nbytes=storages.nbytes,
         hidden=list(storages.hidden),
-        paired=[_statistics_of(node, position) for node in nodes],
+        joined=_joined(nodes, position, facts),
         last=last,
         dies=dies,
         live=live,
@@ -83,10 +103,14 @@ def region(storages: Storages, axes: GraphAxes) -> Region:
     return found
 
 
-def _read(use: object, storages: Storages) -> Read:
-    node: fx.Node = use.node  # type: ignore[attr-defined]
-    root = storages.roots.get(node, node)
-    return Read(storages.position.get(node, -1), storages.position.get(root, -1), use.reduced)  # type: ignore[attr-defined]
+def _read(use: Use, storages: Storages, sizes: dict[int, int]) -> Read:
+    root = storages.roots.get(use.node, use.node)
+    halo = {
+        use.axes[d][0]: (before + after) / prod(sizes[atom] for atom in use.axes[d][1:])
+        for d, (before, after) in use.halo
+        if use.axes[d]
+    }
+    return Read(storages.position.get(use.node, -1), storages.position.get(root, -1), use.reduced, halo)
 
 
 def _weight_bytes(node: fx.Node) -> int:
@@ -95,11 +119,20 @@ def _weight_bytes(node: fx.Node) -> int:
     return sum(spec.numel * spec.dtype.itemsize for spec in specs if isinstance(spec, TensorSpec))
 
 
-def _statistics_of(node: fx.Node, position: dict[fx.Node, int]) -> int:
-    """For the apply half of a GroupNorm, the position of its statistics; -1 elsewhere."""
-    if node.target is group_norm_apply:
-        return position.get(node.args[1], -1)  # type: ignore[arg-type]
-    return -1
+def _joined(nodes: Sequence[fx.Node], position: dict[fx.Node, int], facts: FactTable) -> list[Joined | None]:
+    """For each part of a split GroupNorm, all of it: together the parts are joined again."""
+    found: list[Joined | None] = [None] * len(nodes)
+    for at, node in enumerate(nodes):
+        call = norm_call(node)
+        if call is None:
+            continue
+        statistics = node.args[1]
+        moments = statistics.args[0]  # type: ignore[union-attr]
+        whole = facts(aten.group_norm.default, specs_in(call), {})
+        joined = Joined(position[moments], at, whole.hidden_bytes)  # type: ignore[index]
+        for part in (moments, statistics, node):
+            found[position[part]] = joined  # type: ignore[index]
+    return found
 
 
 def _boundaries(region: Region) -> list[int]:
@@ -121,9 +154,7 @@ def _boundaries(region: Region) -> list[int]:
         lowest = (k == 0 or levels[k - 1] > levels[k]) and (k == len(plateaus) - 1 or levels[k + 1] > levels[k])
         if lowest:
             found.update(p for p in plateau if p < n and _is_large(region, p, small))
-    for p in range(n):
-        if region.paired[p] >= 0:
-            found.update((region.paired[p], p))
+    found.update(p for p, node in enumerate(region.nodes) if node.target in NORM_PARTS)
     for p, node in enumerate(region.nodes):
         if not isinstance(node_spec(node), TensorSpec):
             found.discard(p + 1)

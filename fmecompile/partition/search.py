@@ -1,7 +1,8 @@
 """The search: the cheapest way to run the whole graph under a limit, and the least limit that can be met.
 
 Dynamic programming over boundaries: the cheapest plan of the first i operators is extended by one candidate. The limit
-is found by bisection, since a plan that meets a limit meets every larger one. Cost is chunk trips, then groups.
+is found by bisection, since a plan that meets a limit meets every larger one. Cost is chunk trips, then
+groups; halos add to it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,18 @@ class Choice:
 
 def cheapest(by_stop: dict[int, list[Candidate]], stops: list[int], allowed_bytes: float) -> list[Choice] | None:
     """The plan with the fewest trips of which no part peaks above ``allowed_bytes``; None if there is none."""
+    return _trace(_sweep(by_stop, stops, allowed_bytes), stops[-1])
+
+
+def stuck_at(by_stop: dict[int, list[Candidate]], stops: list[int], allowed_bytes: float) -> int:
+    """How many operators can be run under a limit, from the first on; every way to go on holds more."""
+    return max(_sweep(by_stop, stops, allowed_bytes))
+
+
+def _sweep(
+    by_stop: dict[int, list[Candidate]], stops: list[int], allowed_bytes: float
+) -> dict[int, tuple[float, Choice | None]]:
+    """For each position that can be reached, the least cost and the last choice on the way."""
     best: dict[int, tuple[float, Choice | None]] = {0: (0.0, None)}
     for stop in stops:
         found: tuple[float, Choice | None] | None = None
@@ -39,12 +52,12 @@ def cheapest(by_stop: dict[int, list[Candidate]], stops: list[int], allowed_byte
             choice = _choose(candidate, allowed_bytes)
             if choice is None:
                 continue
-            cost = before[0] + (choice.trips + 0.5 if choice.trips else 0.0)
+            cost = before[0] + candidate.cost(choice.trips, choice.chunk)
             if found is None or cost < found[0]:
                 found = (cost, choice)
         if found is not None:
             best[stop] = found
-    return _trace(best, stops[-1])
+    return best
 
 
 def _choose(candidate: Candidate, allowed_bytes: float) -> Choice | None:

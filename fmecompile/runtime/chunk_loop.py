@@ -1,8 +1,10 @@
 """The chunk loop: one group of operators run over slices of its loop axes, in bounded memory.
 
 A loop nest of axes, outermost first; all but the innermost advance one row at a time, the innermost ``chunk`` rows
-with a shorter tail. Each trip slices what it reads, runs the body and writes its slice of every output. Outputs are
-allocated once, or take over the storage of an input that dies in the loop; never a list and a concatenation.
+with a shorter tail. Each trip slices what it reads, with a halo where a kernel reaches over the cut, runs a body and
+writes its slice of every output. Trips of the same shape share a body: full chunks, the tail, and with halos the chunks
+at the borders. Outputs are allocated once, or take over the storage of an input that dies in the loop; never a list and
+a concatenation.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from itertools import product
 
 import torch
 from torch import fx, nn
+
+from fmecompile.runtime.host import copy_out, host_empty
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,26 @@ class Narrow:
     """Along ``dim`` a trip starts at the sum of ``offset of axis * step`` and spans ``rows * unit``.
 
     ``inner`` tells whether the innermost axis runs along this dimension; ``rows`` is its chunk then, and 1 otherwise.
+    A trip also reads ``halo`` rows before and after, as far as the innermost axis, ``extent`` rows here, has them.
     """
 
     dim: int
     terms: tuple[tuple[int, int], ...]
     unit: int
     inner: bool
+    halo: tuple[int, int] = (0, 0)
+    extent: int = 0
+
+    def span(self, offsets: Sequence[int], rows: int) -> tuple[int, int, int]:
+        """(dim, start, length) at one trip."""
+        start = sum(offsets[axis] * step for axis, step in self.terms)
+        if not self.inner:
+            return (self.dim, start, self.unit)
+        first = offsets[-1] * self.unit
+        before, after = min(self.halo[0], first), self.halo[1]
+        if after:
+            after = min(after, self.extent - first - rows * self.unit)
+        return (self.dim, start - before, before + rows * self.unit + after)
 
 
 @dataclass(frozen=True)
@@ -49,16 +67,14 @@ class Cut:
 
     def spans(self, offsets: Sequence[int], rows: int) -> tuple[tuple[int, int, int], ...]:
         """(dim, start, length) of each narrowed dimension at one trip."""
-        return tuple(
-            (n.dim, sum(offsets[axis] * step for axis, step in n.terms), n.unit * (rows if n.inner else 1))
-            for n in self.narrows
-        )
+        return tuple(narrow.span(offsets, rows) for narrow in self.narrows)
 
 
 @dataclass(frozen=True)
 class Output:
     """One result of the loop, with the strides it has outside loops: laid over the storage of the operand ``takes``, or
-    allocated where the operand ``like`` is, or on ``device`` where no operand is there.
+    allocated where the operand ``like`` is, or on ``device`` where no operand is there; or in host memory where it
+    waits for the device ``host_of``.
     """
 
     cut: Cut
@@ -68,15 +84,18 @@ class Output:
     like: int = 0
     device: torch.device | None = None
     takes: int | None = None
+    host_of: torch.device | None = None
 
 
 @dataclass(frozen=True)
 class LoopSpec:
-    """``cuts`` has one entry an operand, None for operands every trip reads whole."""
+    """``cuts`` has one entry an operand, None for operands every trip reads whole; ``kinds`` says for each chunk of the
+    innermost axis which body it runs."""
 
     axes: tuple[LoopAxis, ...]
     cuts: tuple[Cut | None, ...]
     outputs: tuple[Output, ...]
+    kinds: tuple[int, ...]
 
     @property
     def trips(self) -> int:
@@ -87,17 +106,16 @@ class LoopSpec:
 
 
 Span = tuple[tuple[int, int, int], ...]
-Trips = tuple[tuple[bool, tuple[Span, ...], tuple[Span, ...]], ...]
+Trips = tuple[tuple[int, tuple[Span, ...], tuple[Span, ...]], ...]
 
 
 class ChunkLoop(nn.Module):
-    """Runs ``body`` over all chunks, ``tail`` over the shorter last one, and returns the outputs as a tuple."""
+    """Runs each chunk through the body of its kind, and returns the outputs as a tuple."""
 
-    def __init__(self, spec: LoopSpec, body: fx.GraphModule, tail: fx.GraphModule | None) -> None:
+    def __init__(self, spec: LoopSpec, bodies: Sequence[fx.GraphModule]) -> None:
         super().__init__()
         self.spec = spec
-        self.body = body
-        self.tail = tail
+        self.bodies = nn.ModuleList(bodies)
         self._sliced = tuple((i, cut) for i, cut in enumerate(spec.cuts) if cut is not None)
         self._trips = self._plan_trips()
 
@@ -108,12 +126,12 @@ class ChunkLoop(nn.Module):
             rows = min(inner.chunk, inner.size - place[-1])
             reads = tuple(cut.spans(place, rows) for _, cut in self._sliced)
             writes = tuple(output.cut.spans(place, rows) for output in self.spec.outputs)
-            trips.append((rows == inner.chunk, reads, writes))
+            trips.append((self.spec.kinds[place[-1] // inner.chunk], reads, writes))
         return tuple(trips)
 
     @property
     def distinct_trips(self) -> Trips:
-        """One trip of each shape: the first full chunk, and the tail where there is one."""
+        """One trip of each body."""
         return tuple({trip[0]: trip for trip in reversed(self._trips)}.values())
 
     def forward(self, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -125,21 +143,24 @@ class ChunkLoop(nn.Module):
         readable = [(i, _viewed(operands[i], cut)) for i, cut in self._sliced]
         writable = [_viewed(tensor, output.cut) for tensor, output in zip(outputs, self.spec.outputs, strict=True)]
         pieces = list(operands)
-        for is_full, reads, writes in trips:
+        bodies = list(self.bodies)
+        for kind, reads, writes in trips:
             for (i, tensor), span in zip(readable, reads, strict=True):
                 pieces[i] = _narrowed(tensor, span)
-            body = self.body if is_full else self.tail
-            assert body is not None
-            for target, value, span in zip(writable, body(*pieces), writes, strict=True):
+            written = zip(self.spec.outputs, writable, bodies[kind](*pieces), writes, strict=True)
+            for output, target, value, span in written:
                 piece = _narrowed(target, span)
-                piece.copy_(value.view(piece.shape) if value.shape != piece.shape else value)
-            value = piece = None  # the next trip must not find this one's values alive
+                value = value.view(piece.shape) if value.shape != piece.shape else value
+                copy_out(piece, value) if output.host_of else piece.copy_(value)
+            value = piece = written = None  # the next trip must not find this one's values alive
         return outputs
 
 
 def _place(output: Output, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     if output.takes is not None:
         return operands[output.takes].as_strided(output.shape, output.stride, 0)
+    if output.host_of is not None:
+        return host_empty(output.shape, output.stride, output.dtype, output.host_of)
     like = operands[output.like]
     return like.new_empty_strided(output.shape, output.stride, dtype=output.dtype, device=output.device)
 

@@ -18,12 +18,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fmecompile.runtime.host import is_host
+
 ROUNDING_BYTES = 512
 
 
 def rounded_bytes(nbytes: int) -> int:
     """``nbytes`` rounded up to the allocator's block of 512 bytes; 0 stays 0."""
     return -(-nbytes // ROUNDING_BYTES) * ROUNDING_BYTES
+
+
+def storage_bytes(tensor: torch.Tensor) -> int:
+    """What the storage of ``tensor`` takes on the device; nothing when it waits in host memory."""
+    return 0 if is_host(tensor) else rounded_bytes(tensor.untyped_storage().nbytes())
 
 
 class StorageMeter(TorchDispatchMode):
@@ -64,7 +71,7 @@ class StorageMeter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self._alive:
-                self._watch(leaf, 0 if _is_alias(leaf, args) else rounded_bytes(leaf.untyped_storage().nbytes()))
+                self._watch(leaf, 0 if _is_alias(leaf, args) else storage_bytes(leaf))
         self.peak_bytes = max(self.peak_bytes, self.current_bytes)
         if self.timeline is not None:
             self.timeline.append(self.current_bytes)

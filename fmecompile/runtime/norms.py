@@ -1,53 +1,61 @@
-"""The two halves of a two-pass GroupNorm: statistics, then apply.
+"""The passes of a split GroupNorm: moments of rows, statistics of groups, then apply.
 
-Statistics are accumulated in float32 or wider from the mean and the centred sum of squares of each slice, joined by
-the formula of Chan, Golub and LeVeque (1983) for parts of weight ``w_i``: ``mean = sum(w_i mean_i)``,
-``var = sum(w_i (var_i + (mean_i - mean)^2))``; so no large sum is ever subtracted from another.
+Moments are the mean and the population variance of a group's share of each row, in float32 or wider. They keep every
+axis but channels and the last, so a loop may make them slice by slice; joining them is cheap. Parts of equal weight
+join by the formula of Chan, Golub and LeVeque (1983): ``mean = mean(mean_i)`` and
+``var = mean(var_i + (mean_i - mean)^2)``; so no large sum is ever subtracted from another.
 """
 
 from __future__ import annotations
 
 import torch
 
-_PIECES = 16
-"""A tensor is read in about this many pieces, so that statistics hold about a sixteenth of it at a time."""
+_PIECE_BYTES, _MAX_PIECES = 16 << 20, 64
+"""A large tensor is read in pieces of about so many bytes once in wide numbers, which is what moments hold twice."""
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def group_norm_statistics(x: torch.Tensor, num_groups: int, eps: float) -> torch.Tensor:
-    """(N, C, *) -> (2, N, num_groups): mean and 1/sqrt(var + eps) of each group, in float32 or wider.
+def group_norm_moments(x: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """(N, C, D1, ..., Dk) -> (2, N, G, D1, ..., Dk-1): mean and variance over C/G and Dk, in float32 or wider.
 
     Reads ``x`` in whatever layout it has, a piece at a time along its outermost dimensions in memory.
     """
-    grouped = x.unflatten(1, (num_groups, x.shape[1] // num_groups))
-    rows = -(-x.shape[0] // _PIECES)
-    batch = [_moments(part, -(-_PIECES * rows // x.shape[0])) for part in grouped.split(rows)]
-    means, variances = (torch.cat(parts) for parts in zip(*batch, strict=True))
-    return torch.stack([means, torch.rsqrt(variances + eps)])
+    pieces = -(-x.numel() * _wide(x.dtype).itemsize // _PIECE_BYTES)
+    return _moments(x.unflatten(1, (num_groups, x.shape[1] // num_groups)), min(pieces, _MAX_PIECES))
 
 
-def _moments(x: torch.Tensor, pieces: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, G, C/G, *) -> mean and population variance, each (N, G), joined over ``pieces`` along outer dimensions."""
-    along = max(range(2, x.ndim), key=lambda d: (x.shape[d] > 1, x.stride(d), x.shape[d]))
-    if pieces == 1 or x.shape[along] == 1:
-        return _centred_moments(x)
+def _moments(x: torch.Tensor, pieces: int) -> torch.Tensor:
+    """(N, G, C/G, D1, ..., Dk) -> (2, N, G, D1, ..., Dk-1)."""
+    kept = [d for d in (0, *range(3, x.ndim - 1)) if x.shape[d] > 1]
+    if pieces <= 1 or not kept:
+        return _row_moments(x)
+    along = max(kept, key=lambda d: (x.stride(d), x.shape[d]))
     parts = x.split(-(-x.shape[along] // pieces), along)
-    moments = [_moments(part, -(-pieces // len(parts))) for part in parts]
-    means, variances = (torch.stack(m) for m in zip(*moments, strict=True))
-    weights = means.new_tensor([p.shape[along] / x.shape[along] for p in parts]).view(-1, 1, 1)
-    mean = means[0] + ((means - means[0]) * weights).sum(0)
-    return mean, ((variances + (means - mean).square()) * weights).sum(0)
+    return torch.cat([_moments(part, -(-pieces // len(parts))) for part in parts], 1 if along == 0 else along)
 
 
-def _centred_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _row_moments(x: torch.Tensor) -> torch.Tensor:
     x = x.to(_wide(x.dtype))
-    dims = tuple(range(2, x.ndim))
-    mean = x.mean(dims, keepdim=True)
-    norm = torch.linalg.vector_norm(x - mean, dim=dims)
-    return mean.flatten(1), norm.square() / x[0, 0].numel()
+    means = x.mean(-1, keepdim=True)
+    variances = torch.linalg.vector_norm(x - means, dim=-1).square() / x.shape[-1]
+    return torch.stack(_joined(means.squeeze(-1), variances, 2))
+
+
+def _joined(means: torch.Tensor, variances: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join the moments of parts of equal weight along ``dim``."""
+    first = means.narrow(dim, 0, 1)
+    mean = first + (means - first).mean(dim, keepdim=True)
+    return mean.squeeze(dim), (variances + (means - mean).square()).mean(dim)
+
+
+def group_norm_statistics(moments: torch.Tensor, eps: float) -> torch.Tensor:
+    """(2, N, G, *) from :func:`group_norm_moments` -> (2, N, G): mean and 1/sqrt(var + eps) of each group."""
+    means, variances = (m.flatten(2) if m.ndim > 2 else m.unsqueeze(2) for m in moments)
+    mean, variance = _joined(means, variances, 2)
+    return torch.stack([mean, torch.rsqrt(variance + eps)])
 
 
 def group_norm_apply(
