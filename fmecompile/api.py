@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fmecompile.backends.budgeted import Budget, compile_budgeted
+from fmecompile.backends.budgeted import NO_WISHES, Budget, Wishes, compile_budgeted
 from fmecompile.backends.eager import EagerCompiler
 from fmecompile.capture.example import Example, eager_measurement
 from fmecompile.capture.families import COMPONENTS, DECODER, SCALAR_INPUTS, is_pipeline, parts
@@ -36,6 +36,8 @@ def optimize(
     backend: str = "eager",
     strict: bool = False,
     plan: Plan | None = None,
+    spill: bool | None = None,
+    max_chunks: int | None = None,
 ) -> Target:
     """Make ``target`` run in a fraction of its activation memory, with the same output. In place; returns ``target``.
 
@@ -46,6 +48,9 @@ def optimize(
     ``memory_budget`` bounds what is on the device while it runs: ``"8GiB"``, bytes, or a fraction of the device as a
     float. Weights, inputs and activations count, and of a pipeline every other component that is on the device at that
     moment. The plan is the one with the fewest chunk trips that meets it; by default, one near the floor.
+
+    ``spill`` says whether values may wait in host memory where no other plan meets the budget: by default where the
+    device has a memory of its own. ``max_chunks`` bounds the chunk trips of every group.
 
     Returns at once: the first call of each input signature captures and plans. ``strict`` turns every fall-back to
     eager into an error. ``plan`` is a saved plan; where it matches, the search is skipped. Optimizing again replaces
@@ -67,9 +72,21 @@ def optimize(
     budget = None if memory_budget is None else Budget.of(memory_budget, target)
     if budget is not None:
         budget.require_weights(found)
-    compiler = EagerCompiler(() if plan is None else (plan,), _progress, budget)
+    compiler = EagerCompiler(() if plan is None else (plan,), _progress, budget, _wishes(spill, max_chunks))
     _install(target, [_dispatcher(module, compiler, strict) for module in found.values()])
     return target
+
+
+def _wishes(spill: bool | None, max_chunks: int | None) -> Wishes:
+    if spill not in (None, True, False):
+        raise OptionError(f"spill={spill!r} is neither True nor False", next_step="leave it out")
+    if max_chunks is None:
+        return Wishes(spill)
+    if not isinstance(max_chunks, int) or isinstance(max_chunks, bool) or max_chunks < 1:
+        raise OptionError(
+            f"max_chunks={max_chunks!r} is no number of chunks", next_step="give a whole number from 1 on"
+        )
+    return Wishes(spill, max_chunks)
 
 
 def _dispatcher(module: nn.Module, compiler: EagerCompiler, strict: bool) -> Dispatcher:
@@ -121,10 +138,11 @@ def is_optimized(target: object) -> bool:
     return bool(found) and all(find(module) is not None for module in found)
 
 
-def plan(target: nn.Module, *args: Any, memory_budget: object = None, **kwargs: Any) -> Plan:
+def plan(target: nn.Module, *args: Any, memory_budget: object = None, spill: bool | None = None, **kwargs: Any) -> Plan:
     """The plan for one call of ``target``, without side effects and without data: weights and inputs may be fake.
 
-    ``memory_budget`` bounds weights, inputs and activations together, as for ``optimize``.
+    ``memory_budget`` bounds weights, inputs and activations together, and ``spill`` lets values wait in host memory, as
+    for ``optimize``.
 
     Raises:
         TargetError: ``target`` is not an ``nn.Module``.
@@ -136,17 +154,23 @@ def plan(target: nn.Module, *args: Any, memory_budget: object = None, **kwargs: 
     budget = None if memory_budget is None else Budget.of(memory_budget)
     example = Example.of(args, kwargs)
     shell = Shell(module, plain_forward(module))
-    made = _compile(shell, example, budget=budget)
+    made = _compile(shell, example, budget=budget, wishes=_wishes(spill, None))
     with EXCLUSION.capture():
         eager = eager_measurement(shell, example)
     return replace(made, eager_peak_bytes=eager.peak_bytes, eager_timeline=thinned(eager.timeline))
 
 
-def _compile(shell: Shell, example: Example, observe: Observe | None = None, budget: Budget | None = None) -> Plan:
+def _compile(
+    shell: Shell,
+    example: Example,
+    observe: Observe | None = None,
+    budget: Budget | None = None,
+    wishes: Wishes = NO_WISHES,
+) -> Plan:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = example.materialise(mode)
     with EXCLUSION.capture(), mode:
-        return compile_budgeted(shell, args, kwargs, budget, observe=observe)[1]
+        return compile_budgeted(shell, args, kwargs, budget, wishes=wishes, observe=observe)[1]
 
 
 def thinned(timeline: tuple[int, ...], points: int = 2000) -> tuple[int, ...]:

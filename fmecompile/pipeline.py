@@ -31,7 +31,7 @@ from fmecompile.graph.program import Constant, Input, Literal, Program, Weight, 
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.graph.structure import structure
 from fmecompile.partition.decide import describe, replay
-from fmecompile.partition.tradeoffs import Prepared, prepare, replayed
+from fmecompile.partition.tradeoffs import Limits, Prepared, prepare, replayed
 from fmecompile.passes.chunk_loops import ChunkLoops
 from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
@@ -54,6 +54,7 @@ PASSES = (
 )
 
 
+NO_LIMITS = Limits()
 MAX_REPAIRS = 3
 """How often a plan that holds more on fake tensors than it said is made again under a lower limit."""
 
@@ -93,46 +94,44 @@ def compile_module(
     kwargs: dict[str, Any],
     *,
     saved: Sequence[Plan] = (),
-    limit_bytes: int | None = None,
-    spill: bool = False,
+    limits: Limits = NO_LIMITS,
     observe: Observe | None = None,
 ) -> tuple[Compiled, Plan]:
     """Capture, normalise, partition and rewrite one call of ``module``. A matching plan in ``saved`` spares the search.
 
-    ``limit_bytes`` is what activations may hold at most; None takes the default plan. ``spill`` lets values wait in
-    host memory where no plan meets the limit otherwise.
-
     Raises:
         CaptureError: the module cannot be captured; whatever cannot be sliced afterwards is only a barrier.
-        BudgetInfeasible: every plan holds more than ``limit_bytes``.
+        BudgetInfeasible: every plan holds more than ``limits`` allow.
     """
-    limit, least = limit_bytes, 0
+    allowed = limits.activation_bytes
+    limit, least = allowed, 0
     for _ in range(MAX_REPAIRS):
+        tried = replace(limits, activation_bytes=limit)
         try:
-            compiled, plan = compile_program(Compilation(capture(module, args, kwargs)), saved, limit, spill, observe)
+            compiled, plan = compile_program(Compilation(capture(module, args, kwargs)), saved, tried, observe)
         except BudgetInfeasible as error:
             if least == 0:
                 raise
-            raise BudgetInfeasible(least, limit_bytes or 0) from error
-        if limit is None or limit_bytes is None:
+            raise BudgetInfeasible(least, allowed or 0) from error
+        if limit is None or allowed is None:
             return compiled, plan
-        if plan.projected_peak_bytes <= limit_bytes:
-            return compiled, replace(plan, allowed_bytes=limit_bytes)
+        if plan.projected_peak_bytes <= allowed:
+            return compiled, replace(plan, allowed_bytes=allowed)
         least = plan.projected_peak_bytes
-        limit -= 2 * (least - limit_bytes)  # the check on fake tensors found more: ask for less
-    assert limit_bytes is not None
-    raise BudgetInfeasible(least, limit_bytes)
+        limit -= 2 * (least - allowed)  # the check on fake tensors found more: ask for less
+    assert allowed is not None
+    raise BudgetInfeasible(least, allowed)
 
 
 def compile_program(
     compilation: Compilation,
     saved: Sequence[Plan] = (),
-    limit_bytes: int | None = None,
-    spill: bool = False,
+    limits: Limits = NO_LIMITS,
     observe: Observe | None = None,
 ) -> tuple[Compiled, Plan]:
     """Everything after capture."""
     program, facts = compilation.program, compilation.facts
+    limit_bytes = limits.activation_bytes
 
     def done(name: str, note: str) -> None:
         compilation.notes.append((name, note))
@@ -151,7 +150,7 @@ def compile_program(
         prepared = replayed(program, facts, usable[0].recomputed, usable[0].spilled)
         answer = replay(prepared.partitioner, usable[0])
     else:
-        prepared = prepare(program, facts, limit_bytes, spill=spill)
+        prepared = prepare(program, facts, limits)
         answer = prepared.partitioner.search(limit_bytes)
     compilation.program, partitioner = prepared.program, prepared.partitioner
     program = compilation.program

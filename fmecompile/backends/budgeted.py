@@ -6,7 +6,7 @@ import functools
 import os
 import weakref
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from fmecompile.capture.families import components
 from fmecompile.capture.shell import Shell, inner_name
 from fmecompile.errors import BudgetInfeasible, OptionError
 from fmecompile.graph.plan import Plan
+from fmecompile.partition.candidates import MAX_TRIPS
+from fmecompile.partition.tradeoffs import Limits
 from fmecompile.pipeline import Observe, compile_module
 from fmecompile.runtime.executable import Compiled
 
@@ -32,6 +34,18 @@ CONVOLUTION_BYTES = 64 * 2**20
 
 _NEXT_STEP = "give an amount ('8GiB', '512MiB', bytes), or a fraction of the device between 0.0 and 1.0"
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a user asked of plans beside a budget. ``spill``: whether values may wait in host memory, None where the
+    device has a memory of its own. ``max_trips``: in how many chunk trips a group may run."""
+
+    spill: bool | None = None
+    max_trips: int = MAX_TRIPS
+
+
+NO_WISHES = Wishes()
 
 
 @dataclass(frozen=True)
@@ -135,23 +149,29 @@ def compile_budgeted(
     kwargs: dict[str, Any],
     budget: Budget | None,
     *,
+    wishes: Wishes = NO_WISHES,
     saved: Sequence[Plan] = (),
     observe: Observe | None = None,
 ) -> tuple[Compiled, Plan, Allowance | None]:
     """Compile one call of the module in ``shell`` within ``budget``; without one, by the default plan.
 
+    Values may wait in host memory where the device has a memory of its own, or where ``wishes`` say so.
+
     Raises:
         BudgetInfeasible: with everything counted, and the owners named.
         CaptureError, OptionError: as ``compile_module`` and :meth:`Budget.bytes_on` do.
     """
+    limits = Limits(max_trips=wishes.max_trips)
     if budget is None:
-        return *compile_module(shell, args, kwargs, saved=saved, observe=observe), None
+        return *compile_module(shell, args, kwargs, saved=saved, limits=limits, observe=observe), None
     allowance = budget.allowance(shell.module, (args, kwargs))
-    limit = max(allowance.activation_bytes, 0)
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    spill = device_of(shell.module, tensors).type != "cpu" if wishes.spill is None else wishes.spill
+    limits = replace(limits, activation_bytes=max(allowance.activation_bytes, 0), may_spill=spill)
     try:
-        compiled, plan = compile_module(shell, args, kwargs, saved=saved, limit_bytes=limit, observe=observe)
+        compiled, plan = compile_module(shell, args, kwargs, saved=saved, limits=limits, observe=observe)
     except BudgetInfeasible as error:
-        leanest = compile_module(shell, args, kwargs)[1]
+        leanest = compile_module(shell, args, kwargs, limits=Limits(max_trips=wishes.max_trips))[1]
         raise _in_users_terms(error, allowance, leanest, inner_name(shell)) from error
     return compiled, plan, allowance
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fmecompile.backends.budgeted import Budget, compile_budgeted
+from fmecompile.backends.budgeted import NO_WISHES, Budget, Wishes, compile_budgeted
 from fmecompile.capture.example import Example
 from fmecompile.capture.shell import Shell
 from fmecompile.graph.plan import Plan
@@ -31,6 +31,7 @@ class EagerCompiler:
     saved: tuple[Plan, ...] = ()
     progress: Progress = silent
     budget: Budget | None = None
+    wishes: Wishes = NO_WISHES
 
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -45,7 +46,7 @@ class EagerCompiler:
 
             shell = Shell(module, forward)
             compiled, plan, allowance = compile_budgeted(
-                shell, args, kwargs, self.budget, saved=self.saved, observe=observe
+                shell, args, kwargs, self.budget, wishes=self.wishes, saved=self.saved, observe=observe
             )
         return Executable(compiled, module), Record(plan, example, tuple(notes), allowance)
 

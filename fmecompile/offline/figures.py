@@ -17,6 +17,7 @@ from fmecompile.capture.example import Example, eager_measurement
 from fmecompile.errors import BudgetInfeasible, OptionError
 from fmecompile.graph.specs import TensorSpec
 from fmecompile.offline.calls import Call
+from fmecompile.partition.tradeoffs import Limits
 from fmecompile.pipeline import compile_module
 from fmecompile.report import bytes_text
 from fmecompile.runtime.exclusion import EXCLUSION
@@ -88,7 +89,7 @@ def _planned(job: Job, part: nn.Module, example: Example) -> tuple[int, int, boo
     args, kwargs = example.materialise(mode)
     try:
         with EXCLUSION.capture(), mode, torch.no_grad():
-            plan = compile_module(part, args, kwargs, limit_bytes=job.limit_bytes)[1]
+            plan = compile_module(part, args, kwargs, limits=Limits(job.limit_bytes))[1]
     except BudgetInfeasible as error:
         return error.floor_bytes, error.floor_bytes, False
     return plan.projected_peak_bytes, plan.floor_bytes, True

@@ -20,6 +20,7 @@ from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.partition.region import Region, atom_strides
 
 MAX_TRIPS = 1024
+"""A group runs in at most so many trips, unless fewer are asked for."""
 MAX_WEIGHT_SHARE = 8
 """Bytes of weights that a trip may read for each byte it makes; above that, chunks cost more time than they save."""
 MAX_HALO_SHARE = 8
@@ -63,6 +64,7 @@ class Candidate:
     joins: int = 0
     splits: int = 0
     scale: float = 1.0
+    max_trips: int = MAX_TRIPS
     known: dict[int, int] = field(default_factory=dict)
 
     def peak_bytes(self, chunk: int) -> int:
@@ -100,7 +102,7 @@ class Candidate:
             even = -(-self.size // count)
             if even >= self.least_chunk and self.base_bytes + self.known.get(even, 0) <= allowed_bytes:
                 trips = self.outer_trips * count
-                return (trips, even) if trips <= MAX_TRIPS else None
+                return (trips, even) if trips <= self.max_trips else None
             chunk -= 1
         return None
 
@@ -134,11 +136,14 @@ def _hidden(region: Region, p: int, start: int, stop: int) -> int:
     return joined.hidden_bytes if p == joined.last else 0
 
 
-def candidates(region: Region, axes: GraphAxes, start: int, min_trip_bytes: int = 0) -> Iterator[Candidate]:
+def candidates(
+    region: Region, axes: GraphAxes, start: int, min_trip_bytes: int = 0, max_trips: int = MAX_TRIPS
+) -> Iterator[Candidate]:
     """All groups that begin at ``start`` whose trips do enough work; with 0 every trip does."""
     for nest in nests(region, axes, start):
         for candidate in _walk(region, start, nest):
             candidate.least_chunk = _least_chunk(candidate, min_trip_bytes)
+            candidate.max_trips = max_trips
             if candidate.least_chunk <= candidate.size:
                 yield candidate
 

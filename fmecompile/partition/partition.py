@@ -21,7 +21,7 @@ from fmecompile.graph.invariants import module_path
 from fmecompile.graph.plan import Barrier
 from fmecompile.graph.program import Program, compute_nodes
 from fmecompile.partition.build import Builder
-from fmecompile.partition.candidates import Candidate, candidates, plain, plain_norms
+from fmecompile.partition.candidates import MAX_TRIPS, Candidate, candidates, plain, plain_norms
 from fmecompile.partition.region import Region, region
 from fmecompile.partition.search import KNEE, Choice, cheapest, least_limit, stuck_at
 
@@ -56,11 +56,12 @@ class Answer:
 class Partitioner:
     """One graph, ready to be partitioned: axes, storages, and the builder of groups."""
 
-    def __init__(self, program: Program, facts: FactTable) -> None:
+    def __init__(self, program: Program, facts: FactTable, max_trips: int = MAX_TRIPS) -> None:
         nodes = compute_nodes(program.graph)
         self.axes: GraphAxes = propagate(program.graph)
         self.storages: Storages = storages(nodes, program.outputs, facts)
         self.region: Region = region(self.storages, self.axes, facts)
+        self.max_trips = max_trips
         self.builder = Builder(self.region, self.storages, self.axes, facts)
 
     def search(self, limit_bytes: int | None = None) -> Answer:
@@ -124,7 +125,7 @@ class Partitioner:
         for candidate in plain_norms(self.region):
             found.setdefault(candidate.stop, []).append(candidate)
         for start in boundaries[:-1]:
-            for candidate in candidates(self.region, self.axes, start, least):
+            for candidate in candidates(self.region, self.axes, start, least, self.max_trips):
                 found.setdefault(candidate.stop, []).append(candidate)
         return found
 

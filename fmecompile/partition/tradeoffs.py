@@ -15,6 +15,7 @@ from fmecompile.analysis.facts import FactTable
 from fmecompile.graph.program import Program, compute_nodes
 from fmecompile.graph.specs import node_spec
 from fmecompile.operators.contraction import products
+from fmecompile.partition.candidates import MAX_TRIPS
 from fmecompile.partition.partition import Partitioner
 from fmecompile.passes.recompute import Chain, Recompute, chains
 from fmecompile.passes.spill import Cut, Spill, late_readers
@@ -32,6 +33,17 @@ LEAST_SPILL = 0.02
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a plan has to meet. ``activation_bytes``: what activations may hold at most, None for the default plan.
+    ``may_spill``: whether values may wait in host memory where no plan meets that otherwise. ``max_trips``: in how many
+    chunk trips a group may run."""
+
+    activation_bytes: int | None = None
+    may_spill: bool = False
+    max_trips: int = MAX_TRIPS
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A program ready for its loops. ``recomputed`` are the moments whose operands it makes twice, by name, ``extra``
     the products that takes; ``spilled`` the cuts in live ranges of values that wait in host memory."""
@@ -46,18 +58,19 @@ class Prepared:
 Improve = Callable[[Prepared, FactTable], Iterator[Prepared]]
 
 
-def prepare(program: Program, facts: FactTable, limit_bytes: int | None = None, *, spill: bool = False) -> Prepared:
+def prepare(program: Program, facts: FactTable, limits: Limits) -> Prepared:
     """``program``, or a copy of it with values made twice or waiting in host memory, until its floor meets the limit.
 
     Without a limit values are made twice as long as that is cheap. With one that takes more, values are moved to host
-    memory where ``spill`` allows it, and made twice at any price where it does not help.
+    memory where that is allowed, and made twice at any price where it does not help.
     """
-    best = Prepared(program, Partitioner(program, facts))
+    limit_bytes = limits.activation_bytes
+    best = Prepared(program, Partitioner(program, facts, limits.max_trips))
     cheap = sum(map(products, compute_nodes(program.graph))) * MAX_EXTRA_WORK
     best = _improved(best, facts, limit_bytes, partial(_recomputing, most=cheap))
     if limit_bytes is None:
         return best
-    if spill:
+    if limits.may_spill:
         best = _improved(best, facts, limit_bytes, _spilling)
     return _improved(best, facts, limit_bytes, partial(_recomputing, most=None))
 
@@ -90,7 +103,7 @@ def _recomputing(best: Prepared, facts: FactTable, most: float | None) -> Iterat
         names = tuple(chain.moments.name for chain in alike)
         trial = best.program.copy()
         Recompute(names).apply(trial, facts)
-        partitioner = Partitioner(trial, facts)
+        partitioner = Partitioner(trial, facts, best.partitioner.max_trips)
         if partitioner.floor_bytes() <= (1 - LEAST_GAIN) * floor:
             yield Prepared(trial, partitioner, best.recomputed + names, extra=extra)
 
@@ -125,7 +138,7 @@ def _spilling(best: Prepared, facts: FactTable) -> Iterator[Prepared]:
     for cuts in _values_in_the_way(best):
         trial = best.program.copy()
         Spill(cuts).apply(trial, facts)
-        partitioner = Partitioner(trial, facts)
+        partitioner = Partitioner(trial, facts, best.partitioner.max_trips)
         if len(partitioner.region.nodes) - partitioner.stuck_at(below) <= behind:
             yield Prepared(trial, partitioner, best.recomputed, best.spilled + cuts, best.extra)
 
