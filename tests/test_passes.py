@@ -30,11 +30,14 @@ from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
 from fmecompile.passes.fold_constants import FoldConstants
 from fmecompile.passes.fuse_norm import FuseNorm
+from fmecompile.passes.recompute import Recompute
 from fmecompile.passes.relax_views import RelaxViews
 from fmecompile.passes.sink_producers import SinkProducers
+from fmecompile.passes.spill import Cut as SpillCut
+from fmecompile.passes.spill import Spill
 from fmecompile.passes.two_pass_norm import TwoPassNorm
 from fmecompile.pipeline import PASSES, Compilation, finish, pass_name
-from fmecompile.runtime.chunk_loop import ChunkLoop, Cut, LoopSpec
+from fmecompile.runtime.chunk_loop import ChunkLoop, Cut, LoopSpec, Narrow
 from fmecompile.runtime.executable import Executable
 
 aten = torch.ops.aten
@@ -81,12 +84,14 @@ def text_of(graph: fx.Graph, indent: str = "  ") -> str:
 def cut_text(cut: Cut | None) -> str:
     if cut is None:
         return "whole"
-    spans = ", ".join(
-        f"dim {n.dim} from {' + '.join(f'axis {axis} * {step}' for axis, step in n.terms)}"
-        f" for {n.unit}{' * rows' if n.inner else ''}"
-        for n in cut.narrows
-    )
+    spans = ", ".join(map(narrow_text, cut.narrows))
     return spans + (f", viewed as {list(cut.shape)}" if cut.shape else "")
+
+
+def narrow_text(n: Narrow) -> str:
+    start = " + ".join(f"axis {axis} * {step}" for axis, step in n.terms)
+    halo = f" with a halo of {n.halo[0]} before and {n.halo[1]} behind of {n.extent}" if n.halo != (0, 0) else ""
+    return f"dim {n.dim} from {start} for {n.unit}{' * rows' if n.inner else ''}{halo}"
 
 
 def spec_text(spec: LoopSpec) -> str:
@@ -94,6 +99,7 @@ def spec_text(spec: LoopSpec) -> str:
     lines += [f"  operand {k}: {cut_text(cut)}\n" for k, cut in enumerate(spec.cuts)]
     for k, output in enumerate(spec.outputs):
         into = "a new tensor" if output.takes is None else f"operand {output.takes}"
+        into = "host memory" if output.host_of is not None else into
         lines.append(f"  output {k}: {cut_text(output.cut)}; {list(output.shape)} into {into}\n")
     return "".join(lines)
 
@@ -169,6 +175,36 @@ def reduced_early(x: torch.Tensor) -> torch.Tensor:
     return x.exp().tanh() + total
 
 
+def behind_a_convolution(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    return F.group_norm(F.conv2d(F.silu(x), c, padding=1), 2).tanh()
+
+
+def beside_a_shortcut(x: torch.Tensor, c: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """What the shortcut leaves of the value is less than the value, so it is read early."""
+    h = F.conv2d(x, c, padding=1)
+    return F.conv2d(F.group_norm(h, 2), s) + F.conv2d(h, s)
+
+
+def read_whole_later(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """The value is added to the result, so that it waits in any case."""
+    h = F.conv2d(x, c, padding=1)
+    return F.group_norm(h, 2).tanh() + h
+
+
+def read_late_as_views(x: torch.Tensor) -> Any:
+    """The value, a view of it and a view of that are read late, the value itself by two calls."""
+    h = F.silu(x)
+    y = h.exp().sum(1)
+    pairs = h.reshape(2, 2, 6)
+    return y, pairs.tanh(), pairs[0] * 2, h + 1, h @ h.t()
+
+
+def skipped(x: torch.Tensor) -> torch.Tensor:
+    h = F.silu(x)
+    return torch.cat([h.exp().tanh(), h], 1)
+
+
+CONV, SHORTCUT = noise(8, 8, 3, 3, seed=3), noise(2, 8, 1, 1, seed=4)
 CASES: list[Golden] = [
     Golden(
         DropNoops(),
@@ -193,6 +229,27 @@ CASES: list[Golden] = [
         (noise(4, 6), torch.arange(3)),
     ),
     Golden(DropNoops(), "nothing", lambda x: F.silu(x) * 2, idle=True),
+    Golden(
+        Recompute(("group_norm_moments",)), "behind_a_convolution", behind_a_convolution, X4, (CONV,), (TwoPassNorm(),)
+    ),
+    Golden(
+        Recompute(("group_norm_moments",)),
+        "beside_a_shortcut",
+        beside_a_shortcut,
+        X4,
+        (CONV, SHORTCUT),
+        (TwoPassNorm(),),
+    ),
+    Golden(
+        Recompute(("group_norm_moments",)),
+        "read_whole_later",
+        read_whole_later,
+        X4,
+        (CONV,),
+        (TwoPassNorm(),),
+        idle=True,
+    ),
+    Golden(Recompute(()), "nothing_asked_for", behind_a_convolution, X4, (CONV,), (TwoPassNorm(),), idle=True),
     Golden(RelaxViews(), "views", lambda x: F.silu(x.view(2, 2, -1)).reshape(-1, 3).repeat_interleave(2, 0)),
     Golden(RelaxViews(), "splits", every_split),
     Golden(RelaxViews(), "nothing", lambda x: F.silu(x) * 2, idle=True),
@@ -229,6 +286,10 @@ CASES: list[Golden] = [
     ),
     Golden(SinkProducers(), "a_reduction_stays", reduced_early, idle=True),
     Golden(SinkProducers(), "nothing", lambda x: F.silu(x) * 2, idle=True),
+    Golden(Spill((("silu", "cat"),)), "a_skip_connection", skipped),
+    Golden(Spill((("silu", "reshape"),)), "views_are_taken_anew", read_late_as_views),
+    Golden(Spill((("silu", "tanh"), ("exp", "tanh"))), "two_values", skipped),
+    Golden(Spill(()), "nothing", skipped, idle=True),
     Golden(TwoPassNorm(), "spatial", lambda x, w, b: F.silu(F.group_norm(x, 2, w, b, 1e-6)), X4, AFFINE),
     Golden(TwoPassNorm(), "plain", lambda x: F.group_norm(x, 2), X4),
     Golden(TwoPassNorm(), "nothing_behind_the_channels", lambda x: F.group_norm(x, 2), idle=True),
@@ -292,7 +353,15 @@ def test_golden(golden: Golden, update_golden: bool) -> None:
     assert says_nothing == golden.idle, "a pass with nothing to do says so"
 
 
-@pytest.mark.parametrize("golden", [g for g in CASES if not g.idle], ids=lambda g: f"{pass_name(g.item)}/{g.name}")
+BY_NAME = (Recompute, Spill)
+"""What they are asked for names calls of the graph as it was before."""
+
+
+@pytest.mark.parametrize(
+    "golden",
+    [g for g in CASES if not g.idle and not isinstance(g.item, BY_NAME)],
+    ids=lambda g: f"{pass_name(g.item)}/{g.name}",
+)
 def test_a_pass_has_nothing_to_do_the_second_time(golden: Golden) -> None:
     case = Case(golden.function, *golden.weights)
     program = captured(case, golden.inputs, (*golden.first, golden.item))
@@ -330,9 +399,18 @@ def resnet(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return F.silu(F.group_norm(F.silu(x) * 2, 2, w, b, 1e-6)) + x
 
 
+def rows(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """Trips at the borders have a row less of what they read, so that they run bodies of their own."""
+    return torch.tanh(F.conv2d(F.silu(x), c, padding=1))
+
+
+SKIP = (("silu", "cat"),)
+
+
 @dataclass(frozen=True)
 class LoopCase:
-    """Operators between two names, looped over parts ``(dimension, atom)`` of the last one, ``chunk`` rows a trip."""
+    """Operators between two names, looped over parts ``(dimension, atom)`` of the last one, ``chunk`` rows a trip.
+    ``spilled`` are the cuts of values that wait in host memory."""
 
     function: Callable[..., Any]
     inputs: tuple[torch.Tensor, ...]
@@ -341,6 +419,7 @@ class LoopCase:
     last: str
     axes: tuple[tuple[int, int], ...]
     chunk: int
+    spilled: tuple[SpillCut, ...] = ()
 
 
 MLP = ((noise(5, 6),), (noise(6, seed=1), noise(9, 6, seed=2), noise(6, 9, seed=3)))
@@ -349,6 +428,9 @@ LOOPS: dict[str, LoopCase] = {
     "hoisted_and_behind": LoopCase(hoisting, (noise(4, 6), noise(6)), (), "silu", "tanh", ((0, 0),), 1),
     "between_the_passes_of_a_norm": LoopCase(resnet, X4, AFFINE, "group_norm", "add", ((0, 0), (2, 0)), 4),
     "around_a_whole_norm": LoopCase(resnet, X4, AFFINE, "silu", "add", ((0, 0),), 1),
+    "rows_through_a_convolution": LoopCase(rows, (noise(1, 2, 9, 4),), (CONV[:2, :2],), "silu", "tanh", ((2, 0),), 3),
+    "writes_to_host_memory": LoopCase(skipped, (noise(4, 6),), (), "silu", "tanh", ((0, 0),), 3, SKIP),
+    "reads_back_from_host_memory": LoopCase(skipped, (noise(4, 6),), (), "tanh", "cat", ((0, 0),), 3, SKIP),
 }
 
 
@@ -364,7 +446,8 @@ def grouped(program: Program, case: LoopCase) -> Group:
 def test_golden_loops(name: str, update_golden: bool) -> None:
     spec = LOOPS[name]
     case = Case(spec.function, *spec.weights)
-    program = captured(case, spec.inputs, (DropNoops(), RelaxViews(), EliminateCommon(), TwoPassNorm()))
+    passes = (DropNoops(), RelaxViews(), EliminateCommon(), TwoPassNorm(), Spill(spec.spilled))
+    program = captured(case, spec.inputs, passes)
     before, want = text_of(program.graph), run(program, case, spec.inputs)
     group = grouped(program, spec)
     loops = ChunkLoops([group]).apply(program)
