@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.memory import Projection, project
+from fmecompile.analysis.transfers import transfer, work
 from fmecompile.analysis.verify import measured_peak_bytes
 from fmecompile.budget import Allowance
 from fmecompile.capture.example import Example
@@ -158,6 +159,7 @@ def compile_program(
     planned = describe(partitioner, answer)
     trips = f"{len(answer.groups)} groups, {sum(g.trips for g in planned)} chunk trips"
     done("partition", trips + _tradeoffs(prepared))
+    computed = work(program)
     compilation.loops = dict(ChunkLoops(answer.groups).apply(program))
     done("chunk-loops", f"{len(compilation.loops)} loops")
     done("fuse-norm", FuseNorm(answer.joined).apply(program, facts))
@@ -180,6 +182,7 @@ def compile_program(
         recomputed=prepared.recomputed,
         spilled=prepared.spilled,
         joined=answer.joined,
+        transfer=transfer(program, answer.groups, computed),
     )
     return finish(compilation), plan
 

@@ -75,6 +75,31 @@ class Barrier:
 
 
 @dataclass(frozen=True)
+class Transfer:
+    """What moves to host memory and back during one call, and how long that and the computing beside it take: at rates
+    of the device where they are measured, else at assumed ones."""
+
+    out_bytes: int
+    back_bytes: int
+    copy_s: float
+    compute_s: float
+    is_measured: bool
+
+    @property
+    def exposed_s(self) -> float:
+        """By how much a call gets longer at least, however well copies overlap."""
+        return max(self.copy_s - self.compute_s, 0.0)
+
+    def __str__(self) -> str:
+        gib, rates = 2**30, "measured" if self.is_measured else "assumed"
+        cost = f"costs {self.exposed_s:.3f} s a call" if self.exposed_s else "hidden"
+        return (
+            f"{self.out_bytes / gib:.3f} GiB to host memory, {self.back_bytes / gib:.3f} GiB back: {self.copy_s:.3f} s "
+            f"beside {self.compute_s:.3f} s of computing at {rates} rates: {cost}"
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
     """All decisions for one module and one input signature. Byte counts are activations: weights and inputs apart.
 
@@ -100,6 +125,7 @@ class Plan:
     recomputed: tuple[str, ...] = ()
     spilled: tuple[tuple[str, str], ...] = ()
     joined: tuple[str, ...] = ()
+    transfer: Transfer | None = None
 
     @property
     def trips(self) -> int:
@@ -138,6 +164,8 @@ class Plan:
             f"({self.allowed_bytes / gib:.3f} allowed, floor {self.floor_bytes / gib:.3f}); "
             f"weights {self.weight_bytes / gib:.3f} GiB, inputs {self.input_bytes / gib:.3f} GiB",
             f"{len(self.groups)} groups, {self.trips} chunk trips",
+            *([f"{len(self.recomputed)} values are made twice"] if self.recomputed else []),
+            *([f"{len(self.spilled)} values wait in host memory: {self.transfer}"] if self.transfer else []),
         ]
         for group in self.groups:
             nest = " x ".join(f"{axis.size}/{axis.chunk}" for axis in group.axes)
@@ -174,6 +202,7 @@ def _typed(data: dict[str, Any]) -> dict[str, Any]:
         "eager_timeline": tuple(data["eager_timeline"]),
         "barriers": tuple(Barrier(**barrier) for barrier in data["barriers"]),
         "recomputed": tuple(data["recomputed"]),
+        "transfer": None if data["transfer"] is None else Transfer(**data["transfer"]),
         "joined": tuple(data["joined"]),
         "spilled": tuple((name, at) for name, at in data["spilled"]),
     }

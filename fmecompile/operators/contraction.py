@@ -181,8 +181,8 @@ def _windowed(call: Call, x: Operand, dim: int, reach: int, stride: int, padding
 
 def zeros_at_borders(args: tuple[Any, ...], missing: dict[int, Halo]) -> tuple[list[int], tuple[Any, ...]]:
     """A convolution of a slice pads with zeros only where the whole tensor ends, unlike the one of the whole."""
-    x, weight, _, *options = (*args, *_CONVOLUTION_DEFAULTS[len(args) :])
-    stride, padding, *rest = options
+    filled: tuple[Any, ...] = (*args, *_CONVOLUTION_DEFAULTS[len(args) :])
+    x, weight, _, stride, padding, *rest = filled
     pads = [_at(padding, d) for d in range(len(weight.shape) - 2)]
     amounts = [0] * (2 * len(pads))
     for dim, (before, after) in missing.items():

@@ -67,7 +67,9 @@ def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     if lane is None:
         return x.copy_(host)
     compute = torch.cuda.current_stream(x.device)
-    lane.used.append(compute.record_event())
+    used = torch.cuda.Event()
+    used.record(compute)
+    lane.used.append(used)
     lane.stream.wait_event(lane.used[0])
     with torch.cuda.stream(lane.stream):
         x.copy_(host, non_blocking=True)
