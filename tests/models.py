@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from benchmarks.cases import animatediff, animatediff_inputs, svd, svd_inputs
 
@@ -68,7 +69,7 @@ def as_dtype(values: Any, dtype: torch.dtype) -> Any:
     def convert(leaf: Any) -> Any:
         return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
-    return torch.utils._pytree.tree_map(convert, values)
+    return tree_map(convert, values)
 
 
 def twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:

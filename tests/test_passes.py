@@ -105,7 +105,8 @@ def spec_text(spec: LoopSpec) -> str:
 
 
 def loop_text(name: str, loop: ChunkLoop) -> str:
-    parts = [f" body {kind}\n{text_of(body.graph, '    ')}" for kind, body in enumerate(loop.bodies)]
+    bodies = [body.graph for body in loop.bodies if isinstance(body, fx.GraphModule)]
+    parts = [f" body {kind}\n{text_of(body, '    ')}" for kind, body in enumerate(bodies)]
     return f"{name}\n{spec_text(loop.spec)}{''.join(parts)}"
 
 
