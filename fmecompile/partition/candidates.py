@@ -30,6 +30,8 @@ MAX_REACH = 200
 
 MIN_STRIDE = 32
 """Atoms whose rows are closer together than this many elements are sliced only where there are no others."""
+STRIDED = 1.5
+"""What a trip weighs whose slices have gaps in memory: a convolution on 64 of 256 columns takes 1.15 times as long."""
 MAX_SINGLES = 2
 """Of the atoms that reach equally far, so many are tried as loops of their own."""
 
@@ -65,6 +67,7 @@ class Candidate:
     splits: int = 0
     scale: float = 1.0
     max_trips: int = MAX_TRIPS
+    weight: float = 1.0
     known: dict[int, int] = field(default_factory=dict)
 
     def peak_bytes(self, chunk: int) -> int:
@@ -111,7 +114,7 @@ class Candidate:
         a GroupNorm in parts."""
         if not self.nest:
             return 0.25 * self.splits
-        return trips * (1 + MAX_HALO_SHARE * self.halo_rows / chunk) + 0.5
+        return self.weight * trips * (1 + MAX_HALO_SHARE * self.halo_rows / chunk) + 0.5
 
 
 def plain(region: Region, start: int, stop: int) -> Candidate:
@@ -140,8 +143,9 @@ def candidates(
     region: Region, axes: GraphAxes, start: int, min_trip_bytes: int = 0, max_trips: int = MAX_TRIPS
 ) -> Iterator[Candidate]:
     """All groups that begin at ``start`` whose trips do enough work; with 0 every trip does."""
-    for nest in nests(region, axes, start):
+    for nest, weight in nests(region, axes, start).items():
         for candidate in _walk(region, start, nest):
+            candidate.weight = weight
             candidate.least_chunk = _least_chunk(candidate, min_trip_bytes)
             candidate.max_trips = max_trips
             if candidate.least_chunk <= candidate.size:
@@ -169,26 +173,27 @@ def _rows(share: tuple[float, float], needed: float, size: int) -> int:
     return ceil((needed - fixed) * size / sliced) if sliced else size + 1
 
 
-def nests(region: Region, axes: GraphAxes, start: int) -> list[Nest]:
-    """Loop nests worth trying from ``start``: of atoms that reach equally far alone, each of the outermost, and the
-    prefixes in memory order."""
+def nests(region: Region, axes: GraphAxes, start: int) -> dict[Nest, float]:
+    """Loop nests worth trying from ``start``, and what a trip of each weighs: of atoms that reach equally far, the
+    outermost alone, and the prefixes in memory order."""
     end = min(start + MAX_REACH, len(region.nodes))
     first = next((b for b in region.boundaries if b > start), end)
     big = _big(region, start, first) or _big(region, start, min(first + 40, end))
     atoms = {atom for p in big for atom in region.carries[p]}
     reach = {atom: _reach(region, start, (atom,), end) for atom in sorted(atoms)}
     reach = {atom: at for atom, at in reach.items() if at >= first}
-    found: dict[Nest, None] = {}
+    found: dict[Nest, float] = {}
     for level in sorted(set(reach.values()), reverse=True):
         order = _memory_order(region, axes, big, {atom for atom, at in reach.items() if at >= level})
-        found |= {(atom,): None for atom in order[:MAX_SINGLES]}
+        for k, atom in enumerate(order[:MAX_SINGLES]):
+            found.setdefault((atom,), STRIDED if k else 1.0)
         outer_trips = 1
         for k, atom in enumerate(order):
             if outer_trips > MAX_TRIPS:
                 break
-            found[order[: k + 1]] = None
+            found[order[: k + 1]] = 1.0
             outer_trips *= region.sizes[atom]
-    return list(found)
+    return found
 
 
 def _big(region: Region, start: int, stop: int) -> list[int]:

@@ -21,8 +21,9 @@ from fmecompile.passes.recompute import Chain, Recompute, chains
 from fmecompile.passes.spill import Cut, Spill, late_readers
 from fmecompile.runtime.host import to_host
 
-MAX_EXTRA_WORK = 0.15
-"""Products that may be computed twice, as a share of all, before anything dearer is tried."""
+FREE_WORK, CHEAP_WORK = 0.05, 0.15
+"""Products that may be computed twice, as a share of all: in the default plan, and for a budget before values are moved
+to host memory."""
 LEAST_GAIN = 0.05
 """By how much the floor must fall for the work that is given."""
 LEAST_SHARE = 0.2
@@ -66,8 +67,9 @@ def prepare(program: Program, facts: FactTable, limits: Limits) -> Prepared:
     """
     limit_bytes = limits.activation_bytes
     best = Prepared(program, Partitioner(program, facts, limits.max_trips))
-    cheap = sum(map(products, compute_nodes(program.graph))) * MAX_EXTRA_WORK
-    best = _improved(best, facts, limit_bytes, partial(_recomputing, most=cheap))
+    share = FREE_WORK if limit_bytes is None else CHEAP_WORK
+    most = sum(map(products, compute_nodes(program.graph))) * share
+    best = _improved(best, facts, limit_bytes, partial(_recomputing, most=most))
     if limit_bytes is None:
         return best
     if limits.may_spill:
