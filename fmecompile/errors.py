@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from functools import partial
+from typing import Any, Self
 
 
 class FmeError(Exception):
@@ -19,7 +20,14 @@ class FmeError(Exception):
 
     def detached(self) -> Self:
         """The same error without its traceback and cause, whose frames hold every tensor of the call."""
-        return type(self)(self.fact, place=self.place, next_step=self.next_step)
+        return self._made_again()()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors travel between processes with everything they say."""
+        return (self._made_again(), ())
+
+    def _made_again(self) -> partial[Self]:
+        return partial(type(self), self.fact, place=self.place, next_step=self.next_step)
 
 
 class CaptureError(FmeError):
@@ -48,10 +56,9 @@ class BudgetInfeasible(FmeError, MemoryError):
         )
         super().__init__(fact or said, place=place, next_step=next_step)
 
-    def detached(self) -> Self:
-        return type(self)(
-            self.floor_bytes, self.allowed_bytes, fact=self.fact, place=self.place, next_step=self.next_step
-        )
+    def _made_again(self) -> partial[Self]:
+        said = {"fact": self.fact, "place": self.place, "next_step": self.next_step}
+        return partial(type(self), self.floor_bytes, self.allowed_bytes, **said)
 
 
 class GradientError(FmeError, RuntimeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -268,3 +269,9 @@ def test_the_whole_clip_gives_way_to_the_budget() -> None:
     fmecompile.optimize(pipe, memory_budget=rest + small // 2)
     with pytest.raises(fmecompile.BudgetInfeasible):
         pipe.decode_latents(latents, 8, 2)
+
+
+def test_errors_travel_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(fmecompile.BudgetInfeasible(2 << 30, 1 << 30, place="unet", next_step="less")))
+    assert (error.floor_bytes, error.allowed_bytes, error.place, error.next_step) == (2 << 30, 1 << 30, "unet", "less")
+    assert "1.000 GiB are allowed" in str(error)
