@@ -78,10 +78,13 @@ def plan(
     exact: Annotated[bool, typer.Option("--exact", help="Plan every size of the sweep; estimate none.")] = False,
     html: Annotated[Path | None, typer.Option(help="Where a self-contained page goes.")] = None,
     json: Annotated[Path | None, typer.Option(help="Where the figures go as JSON.")] = None,
+    spill: Annotated[bool, typer.Option(help="Let values wait in host memory where nothing else fits.")] = True,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that plan at the same time.")] = PROCESSES,
 ) -> None:
     """Tell what a diffusion pipeline needs and what fits a budget: no weights, no GPU, no downloads."""
-    request = Request(model, class_name, config, frames, height, width, dtype, guidance, budget, sweep, exact, jobs)
+    request = Request(
+        model, class_name, config, frames, height, width, dtype, guidance, budget, sweep, exact, jobs, spill
+    )
     try:
         require_writable(html, json)
         question = question_of(request)

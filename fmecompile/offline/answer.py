@@ -23,6 +23,9 @@ from fmecompile.pipeline import package_version
 from fmecompile.report import bytes_text
 
 Columns = Mapping[str, int]
+VERDICTS = (*COLUMNS, "spill", "none")
+"""What fits a budget, from the easiest on: ``eager`` (all does), ``planned``, ``floor``, only with values in host
+memory (``spill``), or ``none``."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,23 @@ class ComponentRow:
 
 
 @dataclass(frozen=True)
+class Spill:
+    """A plan with values in host memory, asked for where nothing else meets the budget; what is the device's to hold.
+
+    ``host_bytes`` go to host memory in a call. Not ``is_feasible``: both others are the least that was found.
+    """
+
+    activation_bytes: int
+    total_bytes: int
+    host_bytes: int
+    is_feasible: bool
+
+
+@dataclass(frozen=True)
 class CallRow:
     """One call. ``weight_bytes`` are its own component's, as it runs; ``activation_bytes`` by column (eager, planned,
-    floor); ``total_bytes`` by residence, then column: everything on the device at the peak, workspace included.
+    floor); ``total_bytes`` by residence, then column: everything on the device at the peak, workspace included;
+    ``spill`` by residence, where there was cause to ask.
     """
 
     name: str
@@ -48,6 +65,15 @@ class CallRow:
     input_bytes: int
     activation_bytes: Columns
     total_bytes: Mapping[str, Columns]
+    spill: Mapping[str, Spill]
+
+    def verdict(self, residence: str, budget_bytes: int) -> str:
+        """Which of the ways to run fits the budget first, of :data:`VERDICTS`."""
+        totals, spill = self.total_bytes[residence], self.spill.get(residence)
+        found = next((column for column in COLUMNS if totals[column] <= budget_bytes), "none")
+        if found != "none" or spill is None or not spill.is_feasible:
+            return found
+        return "spill" if spill.host_bytes else "floor"
 
 
 @dataclass(frozen=True)
@@ -86,22 +112,37 @@ class Answer:
         """What the device must hold for the whole pipeline: the most of all calls."""
         return max(call.total_bytes[residence][column] for call in self.calls)
 
-    def verdict(self, totals: Columns) -> str:
-        """Which of the ways to run fits the budget: ``eager`` (all do), ``planned``, ``floor``, or ``none``."""
-        assert self.budget_bytes is not None
-        return next((column for column in COLUMNS if totals[column] <= self.budget_bytes), "none")
+    def verdict(self, residence: str) -> str:
+        """Of the whole pipeline: that of the call that fits last."""
+        budget_bytes = self.budget_bytes
+        assert budget_bytes is not None
+        return max((call.verdict(residence, budget_bytes) for call in self.calls), key=VERDICTS.index)
+
+    def spilled_bytes(self, residence: str) -> tuple[int, int] | None:
+        """(On the device, waiting in host memory) at most, of the whole pipeline with values in host memory where a
+        call needs that; None where none was asked.
+        """
+        spills = [call.spill[residence] for call in self.calls if residence in call.spill]
+        others = [call.total_bytes[residence]["floor"] for call in self.calls if residence not in call.spill]
+        if not spills:
+            return None
+        return max(*others, *(s.total_bytes for s in spills), 0), max(spill.host_bytes for spill in spills)
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, with ``verdict`` spelled out where there is a budget."""
-        data = asdict(self)
-        for call in data["calls"] if self.budget_bytes is not None else ():
-            call["verdict"] = {residence: self.verdict(call["total_bytes"][residence]) for residence in RESIDENCES}
+        """Write it as JSON, with ``verdict`` spelled out where there is a budget: by residence, and of every call."""
+        data, budget_bytes = asdict(self), self.budget_bytes
+        if budget_bytes is not None:
+            data["verdict"] = {residence: self.verdict(residence) for residence in RESIDENCES}
+            for call, row in zip(data["calls"], self.calls, strict=True):
+                call["verdict"] = {residence: row.verdict(residence, budget_bytes) for residence in RESIDENCES}
         path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a model. ``exact`` plans every size of a sweep; ``processes`` is how many plan at once."""
+    """What is asked of a model. ``exact`` plans every size of a sweep; ``processes`` is how many plan at once;
+    ``may_spill`` lets values wait in host memory where nothing else meets the budget.
+    """
 
     model: Model
     dtype: torch.dtype
@@ -110,6 +151,7 @@ class Question:
     sweep: Sweep | None = None
     exact: bool = False
     processes: int = 1
+    may_spill: bool = True
 
 
 def answer(question: Question, say: Callable[[str], None] = lambda text: None) -> Answer:
@@ -127,9 +169,11 @@ def answer(question: Question, say: Callable[[str], None] = lambda text: None) -
         check_size(model, size, calls[0].scale)
     rows = tuple(ComponentRow(c.name, c.class_name, component_bytes(c, question.dtype)) for c in model.components)
     with planner(question.processes, say) as pool:
-        survey = Survey(calls, {row.name: row.weight_bytes or 0 for row in rows}, pool)
+        weights = {row.name: row.weight_bytes or 0 for row in rows}
+        survey = Survey(calls, weights, pool, question.budget_bytes, question.may_spill)
         survey.measure([model.size, *(question.sweep.planned(model.size, question.exact) if question.sweep else ())])
         found = largest(model, survey, question.budget_bytes) if question.budget_bytes is not None else []
+        planned = tuple(_call_row(call, survey) for call in calls)
     return Answer(
         model=model.name,
         pipeline_class=model.pipeline_class,
@@ -138,7 +182,7 @@ def answer(question: Question, say: Callable[[str], None] = lambda text: None) -
         guidance=question.guidance,
         budget_bytes=question.budget_bytes,
         components=rows,
-        calls=tuple(_call_row(call, survey) for call in calls),
+        calls=planned,
         largest=tuple(found),
         sweep_axis=question.sweep.axis if question.sweep else "",
         sweep=tuple(_sweep_row(size, value, survey) for size, value in zip(swept, _values(question), strict=True)),
@@ -164,7 +208,16 @@ def _call_row(call: Call, survey: Survey) -> CallRow:
             residence: {column: survey.total_bytes(call, column, residence) for column in COLUMNS}
             for residence in RESIDENCES
         },
+        spill={residence: spill for residence in RESIDENCES if (spill := _spill(call, survey, residence)) is not None},
     )
+
+
+def _spill(call: Call, survey: Survey, residence: str) -> Spill | None:
+    held = survey.spilled(call, residence)
+    if held is None:
+        return None
+    total = survey.base_bytes(call, residence) + held.peak_bytes
+    return Spill(held.peak_bytes, total, held.host_bytes, held.is_feasible)
 
 
 def _sweep_row(size: Size, value: int, survey: Survey) -> SweepRow:

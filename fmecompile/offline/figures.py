@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,20 +27,24 @@ from fmecompile.runtime.exclusion import EXCLUSION
 class Job:
     """A question about one call: what it holds eagerly, or what its plan holds.
 
-    With ``limit_bytes`` the question is whether any plan's activations fit in so many.
+    With ``limit_bytes`` the question is whether any plan's activations fit in so many; where it ``may_spill``, with
+    values waiting in host memory if no other does.
     """
 
     call: Call
     is_eager: bool = False
     limit_bytes: int | None = None
+    may_spill: bool = False
 
     def __str__(self) -> str:
-        return f"{self.call.name}, {self.call.size}: {'eager' if self.is_eager else 'plan'}"
+        spill = " with spill" if self.may_spill else ""
+        return f"{self.call.name}, {self.call.size}: {'eager' if self.is_eager else 'plan'}{spill}"
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes. Weights are the whole component's; ``peak_bytes`` and ``floor_bytes`` are activations.
+    """Bytes. Weights are the whole component's; ``peak_bytes`` and ``floor_bytes`` are activations, ``host_bytes`` what
+    of them goes to host memory.
 
     Not ``is_feasible``: nothing meets the job's limit, and both are the least that was found.
     """
@@ -50,6 +54,7 @@ class Held:
     peak_bytes: int
     floor_bytes: int
     is_feasible: bool = True
+    host_bytes: int = 0
 
 
 def held(job: Job) -> Held:
@@ -83,16 +88,17 @@ def _eager_bytes(call: Call, part: nn.Module, example: Example) -> int:
         ) from error
 
 
-def _planned(job: Job, part: nn.Module, example: Example) -> tuple[int, int, bool]:
-    """(peak, floor, is_feasible) of the default plan, or of the one with the fewest trips under the limit."""
+def _planned(job: Job, part: nn.Module, example: Example) -> tuple[int, int, bool, int]:
+    """(peak, floor, is_feasible, to host) of the default plan, or of the one with the fewest trips under the limit."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = example.materialise(mode)
     try:
         with EXCLUSION.capture(), mode, torch.no_grad():
-            plan = compile_module(part, args, kwargs, limits=Limits(job.limit_bytes))[1]
+            plan = compile_module(part, args, kwargs, limits=Limits(job.limit_bytes, job.may_spill))[1]
     except BudgetInfeasible as error:
-        return error.floor_bytes, error.floor_bytes, False
-    return plan.projected_peak_bytes, plan.floor_bytes, True
+        return error.floor_bytes, error.floor_bytes, False, 0
+    to_host = 0 if plan.transfer is None else plan.transfer.out_bytes
+    return plan.projected_peak_bytes, plan.floor_bytes, True, to_host
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -111,27 +117,42 @@ class Planner:
     def __init__(self, pool: ProcessPoolExecutor | None, say: Callable[[str], None]) -> None:
         self._pool, self._say = pool, say
         self._known: dict[Job, Held] = {}
+        self._pending: dict[Job, Future[Held]] = {}
+
+    def start(self, jobs: Sequence[Job]) -> None:
+        """Let the processes begin, in this order, with what will be asked; nothing happens where there are none."""
+        for job in jobs:
+            if self._pool is not None and job not in self._known and job not in self._pending:
+                self._submit(self._pool, job)
+
+    def _submit(self, pool: ProcessPoolExecutor, job: Job) -> None:
+        try:
+            self._pending[job] = pool.submit(held, job)
+        except BrokenProcessPool:
+            self._pool = None
 
     def ask(self, jobs: Sequence[Job]) -> list[Held]:
         """The answers, in order; new jobs run at the same time where there are processes for them."""
         new = [job for job in dict.fromkeys(jobs) if job not in self._known]
-        if self._pool is not None and len(new) > 1:
-            self._spread(self._pool, new)
+        if len(new) > 1:
+            self.start(new)
         for job in new:
-            if job not in self._known:
-                self._say(str(job))
-                self._known[job] = held(job)
+            self._known[job] = self._answer(job)
         return [self._known[job] for job in jobs]
 
-    def _spread(self, pool: ProcessPoolExecutor, jobs: list[Job]) -> None:
-        """Answer as many as the processes live for: one may be killed, for its memory perhaps."""
-        self._say(f"{len(jobs)} calls: {jobs[0]}, ...")
-        try:
-            for job, answer in zip(jobs, pool.map(held, jobs), strict=True):
-                self._known[job] = answer
+    def _answer(self, job: Job) -> Held:
+        """From a process; from this one where there is none, or where it was killed, for its memory perhaps."""
+        begun = self._pending.pop(job, None)
+        if begun is not None:
+            try:
+                answer = begun.result()
+            except BrokenProcessPool:
+                self._pool = None
+            else:
                 self._say(f"{job}: {bytes_text(answer.peak_bytes)}")
-        except BrokenProcessPool:
-            self._pool = None
+                return answer
+        self._say(str(job))
+        return held(job)
 
 
 @contextmanager

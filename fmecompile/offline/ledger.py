@@ -18,10 +18,10 @@ COLUMNS = ("eager", "planned", "floor")
 
 
 class Ledger:
-    """Bytes by call, column and size. Columns: ``weights``, ``inputs``, ``eager``, ``planned``, ``floor``.
+    """Bytes by call, column and size. Columns: ``weights``, ``inputs``, ``eager``, ``planned``, ``floor``, ``spill``.
 
-    ``eager``, ``planned`` and ``floor`` are activations: of the unmodified module, of the default plan, and the least
-    that any plan holds.
+    The last four are activations: of the unmodified module, of the default plan, the least that any plan holds, and the
+    least with values in host memory.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Ledger:
         if job.is_eager:
             columns["eager"] = held.peak_bytes
         else:
-            columns["floor"] = held.floor_bytes
+            columns["spill" if job.may_spill else "floor"] = held.floor_bytes
         if not job.is_eager and job.limit_bytes is None:
             columns["planned"] = held.peak_bytes
         for column, value in columns.items():
@@ -45,6 +45,12 @@ class Ledger:
 
     def value(self, call: Call, column: str) -> int:
         """Bytes: computed where the size is known, else along a line through known ones. KeyError where none is."""
+        if column == "spill":
+            floor = self.value(call, "floor")
+            return min(self._along(call, column), floor) if _key(call, column) in self._known else floor
+        return self._along(call, column)
+
+    def _along(self, call: Call, column: str) -> int:
         known = self._known[_key(call, column)]
         if call.size in known:
             return known[call.size]

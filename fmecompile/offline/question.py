@@ -32,6 +32,7 @@ class Request:
     sweep: str | None
     exact: bool
     processes: int
+    may_spill: bool
 
 
 def question_of(request: Request) -> Question:
@@ -44,6 +45,7 @@ def question_of(request: Request) -> Question:
         sweep=None if request.sweep is None else Sweep.parse(request.sweep),
         exact=request.exact,
         processes=request.processes,
+        may_spill=request.may_spill,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fmecompile.backends.budgeted import ASSUMED_WORKSPACE_BYTES
 from fmecompile.offline.calls import Call
-from fmecompile.offline.figures import Job, Planner
+from fmecompile.offline.figures import Held, Job, Planner
 from fmecompile.offline.ledger import Ledger
 from fmecompile.offline.model import Size
 
@@ -17,23 +17,54 @@ RESIDENCES = ("resident", "offload")
 
 @dataclass
 class Survey:
-    """The calls of one model. ``weights`` holds the bytes of every component, by its name."""
+    """The calls of one model. ``weights`` holds the bytes of every component, by its name; ``may_spill`` says whether
+    values may wait in host memory where nothing else meets ``budget_bytes``.
+    """
 
     calls: Sequence[Call]
     weights: dict[str, int]
     planner: Planner
+    budget_bytes: int | None = None
+    may_spill: bool = False
     ledger: Ledger = field(default_factory=Ledger)
 
     def measure(self, sizes: Sequence[Size]) -> None:
         """Compute eager and planned figures of every call at every size."""
         calls = dict.fromkeys(call.at(size) for size in sizes for call in self.calls)
-        # Eager first: what does not run at all shows there. Then long ones, so that no process is alone at the end.
-        planned = sorted(calls, key=lambda call: call.kind != "denoise")
-        self._ask([*(Job(call, is_eager=True) for call in calls), *(Job(call) for call in planned)])
+        eager = [Job(call, is_eager=True) for call in calls]
+        long, *others = [Job(call) for call in sorted(calls, key=lambda call: call.kind != "denoise")]
+        self.planner.start([long, *eager, *others])
+        self._ask(eager)  # what does not run at all shows there
+        for job in (*others, long):
+            self._ask([job])
+            self.planner.start([spilling for place in RESIDENCES if (spilling := self._spilling(job.call, place))])
 
-    def try_limits(self, questions: Sequence[tuple[Call, int]]) -> list[bool]:
-        """Whether each call has a plan that holds at most so many bytes of activations: made, not estimated."""
-        return self._ask([Job(call, limit_bytes=max(limit_bytes, 1)) for call, limit_bytes in questions])
+    def spilled(self, call: Call, residence: str) -> Held | None:
+        """What ``call`` holds with values in host memory; None where it fits the budget without, or may not."""
+        job = self._spilling(call, residence)
+        if job is None:
+            return None
+        self._ask([job])
+        return self.planner.ask([job])[0]
+
+    def needs_spill(self, residence: str) -> bool:
+        """Whether a call was asked with values in host memory."""
+        return any(self.spilled(call, residence) is not None for call in self.calls)
+
+    def _spilling(self, call: Call, residence: str) -> Job | None:
+        if self.budget_bytes is None or not self.may_spill or call not in self.calls:
+            return None
+        left_bytes = self.budget_bytes - self.base_bytes(call, residence)
+        fits = self.ledger.value(call, "floor") <= left_bytes
+        return None if fits or left_bytes <= 0 else Job(call, limit_bytes=left_bytes, may_spill=True)
+
+    def try_limits(self, questions: Sequence[tuple[Call, int, bool]]) -> list[bool]:
+        """Whether each call has a plan that holds at most so many bytes of activations, with values in host memory or
+        without: made, not estimated.
+        """
+        return self._ask(
+            [Job(call, limit_bytes=max(limit, 1), may_spill=may_spill) for call, limit, may_spill in questions]
+        )
 
     def _ask(self, jobs: Sequence[Job]) -> list[bool]:
         answers = self.planner.ask(jobs)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fmecompile.offline import wording
-from fmecompile.offline.answer import Answer
+from fmecompile.offline.answer import Answer, CallRow
 from fmecompile.report import GIB, bytes_text, unit_of
 
 
@@ -35,8 +35,15 @@ def _table(title: str, first: str, *heads: str) -> Table:
 
 
 def _calls(answer: Answer) -> Table:
-    """Activations of each call, then everything on the device while it runs."""
-    ways = [f"{place}\n{word}" for place in ("resident", "offload") for word in wording.COLUMNS.values()]
+    """Activations of each call, then everything on the device while it runs; with values in host memory where that was
+    asked for.
+    """
+    places = {residence: any(residence in call.spill for call in answer.calls) for residence in wording.RESIDENCES}
+    ways = [
+        f"{place}\n{word}"
+        for place, is_asked in places.items()
+        for word in (*wording.COLUMNS.values(), *([wording.SPILL] if is_asked else []))
+    ]
     table = _table(
         f"{_unit(answer)[1]}: activations, then everything on the device",
         "call",
@@ -47,12 +54,18 @@ def _calls(answer: Answer) -> Table:
     for call in answer.calls:
         activations = [amount(answer, call.activation_bytes[column]) for column in wording.COLUMNS]
         totals = [
-            _judged(answer, call.total_bytes[residence][column])
-            for residence in wording.RESIDENCES
-            for column in wording.COLUMNS
+            "-" if size is None else _judged(answer, size)
+            for residence, is_asked in places.items()
+            for size in _totals(call, residence, is_asked)
         ]
         table.add_row(call.name, amount(answer, call.input_bytes), *activations, *totals)
     return table
+
+
+def _totals(call: CallRow, residence: str, has_spill: bool) -> list[int | None]:
+    spill = call.spill.get(residence)
+    found: list[int | None] = [call.total_bytes[residence][column] for column in wording.COLUMNS]
+    return [*found, None if spill is None else spill.total_bytes] if has_spill else found
 
 
 def _components(answer: Answer) -> Table:
@@ -70,7 +83,7 @@ def _largest(answer: Answer) -> Table:
     table = _table(title, "weights", "what grows", "optimized", "decided by", "eager")
     for found in answer.largest:
         table.add_row(
-            wording.RESIDENCES[found.residence],
+            wording.weights_text(found),
             "frames" if found.axis == "frames" else "height x width",
             wording.limit_text(found),
             found.bottleneck,

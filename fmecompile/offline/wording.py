@@ -11,10 +11,12 @@ VERDICTS = {
     "eager": "fits as it is",
     "planned": "fits optimized",
     "floor": "fits at the floor",
+    "spill": "fits",
     "none": "does not fit",
 }
 RESIDENCES = {"resident": "everything resident", "offload": "model CPU offload"}
 COLUMNS = {"eager": "eager", "planned": "optimized", "floor": "floor"}
+SPILL = "with spill"
 
 
 def headline(answer: Answer) -> str:
@@ -25,23 +27,33 @@ def headline(answer: Answer) -> str:
 
 def conclusion(answer: Answer) -> list[str]:
     """One sentence a residence: whether the whole pipeline fits the budget, and what it needs."""
-    lines = []
-    for residence, name in RESIDENCES.items():
-        needs = {column: answer.needed_bytes(residence, column) for column in COLUMNS}
-        figures = ", ".join(f"{bytes_text(needs[column])} {word}" for column, word in COLUMNS.items())
-        if answer.budget_bytes is None:
-            lines.append(f"{name}: needs {figures}")
-        else:
-            verdict = VERDICTS[answer.verdict(needs)]
-            lines.append(f"{name}: {verdict} in {bytes_text(answer.budget_bytes)} (needs {figures})")
-    return lines
+    return [_concluded(answer, residence, name) for residence, name in RESIDENCES.items()]
+
+
+def _concluded(answer: Answer, residence: str, name: str) -> str:
+    needs = [f"{bytes_text(answer.needed_bytes(residence, column))} {word}" for column, word in COLUMNS.items()]
+    if answer.budget_bytes is None:
+        return f"{name}: needs {', '.join(needs)}"
+    verdict, spilled = answer.verdict(residence), answer.spilled_bytes(residence)
+    said = f"{VERDICTS[verdict]} in {bytes_text(answer.budget_bytes)}"
+    if spilled is not None:
+        device_bytes, host_bytes = spilled
+        needs.append(f"{bytes_text(device_bytes)} {SPILL}")
+        if verdict == "spill":
+            said += f" with {bytes_text(host_bytes)} of values waiting in host memory"
+    return f"{name}: {said} (needs {', '.join(needs)})"
+
+
+def weights_text(found: Largest) -> str:
+    """Where the weights are, and whether values may leave the device."""
+    return RESIDENCES[found.residence] + (f", {SPILL}" if found.may_spill else "")
 
 
 def limit_text(found: Largest) -> str:
-    """The largest clip of one search, with ``~`` where it is an estimate."""
+    """The largest clip of one search, with ``~`` where it is an estimate; what fits with spill, no larger one tried."""
     if found.size is None:
         return "none"
-    text = _size(found.axis, found.size)
+    text = ("at least " if found.may_spill and found.is_tried else "") + _size(found.axis, found.size)
     return ("" if found.is_tried else "~") + text + (" (the most there can be)" if found.is_end else "")
 
 
