@@ -192,6 +192,12 @@ def read_whole_later(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     return F.group_norm(h, 2).tanh() + h
 
 
+def read_whole_twice(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """What the other reader leaves is no less than the value, so nothing is gained by reading early."""
+    h = F.conv2d(x, c, padding=1)
+    return F.group_norm(h, 2).tanh() + h.exp()
+
+
 def read_late_as_views(x: torch.Tensor) -> Any:
     """The value, a view of it and a view of that are read late, the value itself by two calls."""
     h = F.silu(x)
@@ -245,6 +251,15 @@ CASES: list[Golden] = [
         Recompute(("group_norm_moments",)),
         "read_whole_later",
         read_whole_later,
+        X4,
+        (CONV,),
+        (TwoPassNorm(),),
+        idle=True,
+    ),
+    Golden(
+        Recompute(("group_norm_moments",)),
+        "read_whole_twice",
+        read_whole_twice,
         X4,
         (CONV,),
         (TwoPassNorm(),),

@@ -41,7 +41,7 @@ from fmecompile.operators.contraction import products
 from fmecompile.operators.registry import tensor
 from fmecompile.partition import partition, tradeoffs
 from fmecompile.partition.candidates import Candidate
-from fmecompile.partition.tradeoffs import MAX_EXTRA_WORK, Limits
+from fmecompile.partition.tradeoffs import CHEAP_WORK, FREE_WORK, Limits
 from fmecompile.passes.recompute import Recompute
 from fmecompile.passes.recompute import chains as recomputable
 from fmecompile.passes.spill import Cut, Spill
@@ -210,40 +210,52 @@ def works(call: Call, limits: Limits = NO_LIMITS) -> tuple[int, int]:
     return found["two-pass-norm"], found["partition"]
 
 
-def test_cheap_values_are_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth more products for much less than the wide value."""
-    call = block(1, 3)
+def test_values_are_made_twice_where_that_is_next_to_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 % more products, for much less than the wide value."""
+    call = block(1, 5)
     want = call.eager()
-    twice = ran(call, Limits())
+    twice = ran(call, NO_LIMITS)
     before, behind = works(call)
     assert twice.plan.recomputed == ("group_norm_moments",)
-    assert before < behind <= (1 + MAX_EXTRA_WORK) * before
+    assert before < behind <= (1 + FREE_WORK) * before
     assert relative(twice.output, want) <= 1e-10
     assert twice.peak_bytes <= twice.plan.projected_peak_bytes <= 1.02 * twice.peak_bytes
-    monkeypatch.setattr(tradeoffs, "MAX_EXTRA_WORK", 0)
-    once = ran(call, Limits())
+    monkeypatch.setattr(tradeoffs, "FREE_WORK", 0)
+    once = ran(call, NO_LIMITS)
     assert not once.plan.recomputed
     assert twice.peak_bytes < 0.6 * once.peak_bytes
 
 
-def test_dear_values_are_made_twice_only_for_a_limit() -> None:
-    call = block(3, 1)
+@pytest.mark.parametrize(("widen", "narrow", "is_cheap"), [(1, 3, True), (3, 1, False)], ids=["cheap", "dear"])
+def test_values_are_made_twice_for_a_limit(widen: int, narrow: int, is_cheap: bool) -> None:
+    """Cheap ones rather than they are moved to host memory, dear ones where that is not allowed."""
+    call = block(widen, narrow)
     want = call.eager()
     default = call.plan()
     assert not default.recomputed
     before, behind = works(call)
     assert before == behind
     allowed = int(0.8 * default.floor_bytes)
-    got = ran(call, Limits(allowed))
-    assert got.plan.recomputed
+    limits = Limits(allowed, may_spill=is_cheap)
+    got = ran(call, limits)
+    assert got.plan.recomputed and not got.plan.spilled
     assert relative(got.output, want) <= 1e-10
     assert allowed >= got.plan.projected_peak_bytes >= got.peak_bytes
-    before, behind = works(call, Limits(allowed))
-    assert behind > (1 + MAX_EXTRA_WORK) * before
+    before, behind = works(call, limits)
+    assert (1 + FREE_WORK) * before < behind
+    assert (behind <= (1 + CHEAP_WORK) * before) == is_cheap
+
+
+def test_values_are_moved_rather_than_made_twice_where_that_is_dear() -> None:
+    call = block(3, 1)
+    limits = Limits(int(0.8 * call.plan().floor_bytes), may_spill=True)
+    got = ran(call, limits)
+    assert got.plan.spilled and not got.plan.recomputed
+    assert relative(got.output, call.eager()) <= 1e-10
 
 
 def test_what_waits_for_a_late_reader_is_not_made_twice() -> None:
-    call = block(1, 3, late=True)
+    call = block(1, 5, late=True)
     default = call.plan()
     assert not default.recomputed
     with pytest.raises(fmecompile.BudgetInfeasible):
@@ -374,18 +386,12 @@ def test_views_of_host_memory_are_host_memory() -> None:
     assert not is_host(there + 1)
 
 
-OUT_IS_COUNTED = pytest.mark.xfail(
-    strict=True, reason="to_host asks a tensor on meta for its strides, which is counted"
-)
-
-
-@OUT_IS_COUNTED
 def test_host_memory_is_not_counted() -> None:
     x = torch.randn(128, 1024, dtype=F64)
     with StorageMeter([x]) as meter:
         there = to_host(x)
-        host_empty((1024, 128), (128, 1), F64, CPU)
-        assert meter.current_bytes == meter.peak_bytes == 0
+        more = host_empty((1024, 128), (128, 1), F64, CPU)
+        assert meter.current_bytes == 0 and is_host(more)
         back = to_device(there, CPU)
         assert meter.current_bytes == meter.peak_bytes == MIB
         del there
@@ -394,14 +400,19 @@ def test_host_memory_is_not_counted() -> None:
         assert meter.current_bytes == 0
 
 
-@OUT_IS_COUNTED
 def test_facts_of_host_memory() -> None:
-    """Nothing is held on the device on the way out, and one copy on the way back."""
+    """No bytes of the device on the way out, one copy on the way back."""
     facts, spec = FactTable(), spec_of(torch.empty(128, 1024, dtype=F64))
     out = facts(to_host, (spec,), {})
-    assert (out.nbytes, out.hidden_bytes, out.alias, out.result) == ((0,), 0, (None,), spec)
+    assert (out.nbytes, out.alias, out.result) == ((0,), (None,), spec)
     back = facts(to_device, (spec, CPU), {})
     assert (back.nbytes, back.hidden_bytes, back.alias, back.result) == ((MIB,), 0, (None,), spec)
+
+
+@pytest.mark.xfail(strict=True, reason="a tensor on meta that to_host asks for its strides is counted")
+def test_nothing_is_held_on_the_way_out() -> None:
+    spec = spec_of(torch.empty(128, 1024, dtype=F64))
+    assert FactTable()(to_host, (spec,), {}).hidden_bytes == 0
 
 
 def test_marks_vanish_with_their_tensors() -> None:
