@@ -23,7 +23,7 @@ from fmecompile.graph.invariants import check
 from fmecompile.graph.program import Input, Program, compute_nodes
 from fmecompile.graph.specs import SPEC, TensorSpec, node_spec
 from fmecompile.operators.registry import Axes
-from fmecompile.partition.candidates import Nest, roles
+from fmecompile.partition.nests import Nest, roles
 from fmecompile.partition.partition import Partitioner
 from fmecompile.partition.reach import halo_of
 from fmecompile.partition.region import Region

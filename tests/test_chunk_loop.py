@@ -30,8 +30,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fmecompile.graph.program import Program
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.operators.registry import tensor
-from fmecompile.partition.candidates import Nest
 from fmecompile.partition.layout import can_overlay
+from fmecompile.partition.nests import Nest
 from fmecompile.partition.partition import Partitioner
 from fmecompile.runtime.chunk_loop import ChunkLoop, Cut, LoopAxis, LoopSpec, Narrow, Output
 from fmecompile.runtime.measure import StorageMeter

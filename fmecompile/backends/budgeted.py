@@ -20,7 +20,7 @@ from fmecompile.capture.families import components
 from fmecompile.capture.shell import Shell, inner_name
 from fmecompile.errors import BudgetInfeasible, OptionError
 from fmecompile.graph.plan import Plan
-from fmecompile.partition.candidates import MAX_TRIPS
+from fmecompile.partition.nests import MAX_TRIPS
 from fmecompile.partition.tradeoffs import Limits
 from fmecompile.pipeline import Observe, compile_module
 from fmecompile.runtime.executable import Compiled

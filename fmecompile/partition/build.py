@@ -21,8 +21,8 @@ from fmecompile.graph.program import compute_nodes
 from fmecompile.graph.specs import node_spec, specs_in, tensor_spec
 from fmecompile.operators import RULES
 from fmecompile.operators.registry import Halo, positional
-from fmecompile.partition.candidates import Nest, roles
 from fmecompile.partition.layout import can_overlay, cut_of, local_shape, piece_spec, unit_of
+from fmecompile.partition.nests import Nest, roles
 from fmecompile.partition.reach import Reach, Rows, reach
 from fmecompile.partition.region import Region
 from fmecompile.passes.fuse_norm import fuse_norms

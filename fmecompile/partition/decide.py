@@ -11,7 +11,8 @@ from torch import fx
 from fmecompile.graph.group import Group
 from fmecompile.graph.invariants import module_path
 from fmecompile.graph.plan import Plan, PlannedAxis, PlannedGroup
-from fmecompile.partition.candidates import Candidate, Nest
+from fmecompile.partition.candidates import Candidate
+from fmecompile.partition.nests import Nest
 from fmecompile.partition.partition import Answer, Chosen, Partitioner
 from fmecompile.partition.search import Choice
 

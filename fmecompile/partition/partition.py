@@ -21,7 +21,8 @@ from fmecompile.graph.invariants import module_path
 from fmecompile.graph.plan import Barrier
 from fmecompile.graph.program import Program, compute_nodes
 from fmecompile.partition.build import Builder
-from fmecompile.partition.candidates import MAX_TRIPS, Candidate, candidates, plain, plain_norms
+from fmecompile.partition.candidates import Candidate, candidates, plain, plain_norms
+from fmecompile.partition.nests import MAX_TRIPS
 from fmecompile.partition.region import Region, region
 from fmecompile.partition.search import KNEE, Choice, cheapest, least_limit, stuck_at
 

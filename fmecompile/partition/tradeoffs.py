@@ -15,7 +15,7 @@ from fmecompile.analysis.facts import FactTable
 from fmecompile.graph.program import Program, compute_nodes
 from fmecompile.graph.specs import node_spec
 from fmecompile.operators.contraction import products
-from fmecompile.partition.candidates import MAX_TRIPS
+from fmecompile.partition.nests import MAX_TRIPS
 from fmecompile.partition.partition import Partitioner
 from fmecompile.passes.recompute import Chain, Recompute, chains
 from fmecompile.passes.spill import Cut, Spill, late_readers
