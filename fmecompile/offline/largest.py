@@ -13,6 +13,9 @@ MOST_FRAMES, MOST_HEIGHT, STEP = 1024, 4096, 64
 ROUNDS = 3
 """How often an answer is tried before an estimate has to do: each costs the plan of one call, seconds."""
 
+MARGIN = 0.04
+"""By how much of the activations an estimate has to stay below the budget once one has failed."""
+
 
 @dataclass(frozen=True)
 class Largest:
@@ -74,7 +77,10 @@ class Search:
         return next(iter(reversed(list(takewhile(lambda size: self._holds(size, column), small)))), None)
 
     def _holds(self, size: Size, column: str) -> bool:
-        return self._survey.bottleneck(size, column, self.residence)[1] <= self._budget_bytes
+        call, total = self._survey.bottleneck(size, column, self.residence)
+        has_failed = column == self._column and not all(self._fits.values())
+        margin = MARGIN * (total - self._survey.base_bytes(call, self.residence)) if has_failed else 0
+        return total + margin <= self._budget_bytes
 
     def question(self) -> Size | None:
         """What to try next; None when the best answer has been, or when a plan of that size is there already."""
