@@ -49,11 +49,15 @@ class Recompute:
     names: Sequence[str]
 
     def apply(self, program: Program, facts: FactTable) -> str:
-        done = [chain for chain in chains(program, facts) if chain.moments.name in self.names]
-        for chain in done:
-            _rewrite(chain)
-        edit.annotate(compute_nodes(program.graph), facts)
-        return f"{len(done)} values made twice" if done else "no value made twice"
+        done = 0
+        for name in self.names:
+            chain = next((c for c in chains(program, facts) if c.moments.name == name), None)
+            if chain is not None:
+                _rewrite(chain)
+                edit.drop_dead(program.graph)  # a copy that only the present one read
+                edit.annotate(compute_nodes(program.graph), facts)
+                done += 1
+        return f"{done} values made twice" if done else "no value made twice"
 
 
 def _rewrite(chain: Chain) -> None:

@@ -39,6 +39,7 @@ class Spill:
             held = storages(nodes, program.outputs, facts)
             moved += held.nbytes[held.position[named[owner]]]
             _cut(named[owner], held.position[named[at]], held, facts)
+            edit.drop_dead(program.graph)  # views of the owner that nothing reads any more would keep it waiting
         return f"{len(self.cuts)} values wait in host memory, {moved / 2**20:.0f} MiB" if moved else "no value moved"
 
 

@@ -285,7 +285,6 @@ def test_a_value_that_is_made_twice_is_equal() -> None:
         assert_same(module_of(twin)(*tensors_of(program)), want)
 
 
-@pytest.mark.xfail(strict=True, reason="what reads the first copy alone is copied again, and the first is left unread")
 def test_what_is_made_twice_is_not_made_three_times() -> None:
     program = two_norms()
     names = [chain.moments.name for chain in recomputable(program, FACTS)]
@@ -294,7 +293,6 @@ def test_what_is_made_twice_is_not_made_three_times() -> None:
     assert all(node.users for node in compute_nodes(program.graph))
 
 
-@pytest.mark.xfail(strict=True, reason="chains are looked for once, before any value is made twice")
 def test_values_are_made_twice_in_one_go_as_one_by_one() -> None:
     """A saved plan is replayed in one go; the search went step by step."""
     program = two_norms()
@@ -409,7 +407,6 @@ def test_facts_of_host_memory() -> None:
     assert (back.nbytes, back.hidden_bytes, back.alias, back.result) == ((MIB,), 0, (None,), spec)
 
 
-@pytest.mark.xfail(strict=True, reason="a tensor on meta that to_host asks for its strides is counted")
 def test_nothing_is_held_on_the_way_out() -> None:
     spec = spec_of(torch.empty(128, 1024, dtype=F64))
     assert FactTable()(to_host, (spec,), {}).hidden_bytes == 0
@@ -496,7 +493,6 @@ def test_marking_is_a_matter_of_one_thread(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == [False, True]
 
 
-@pytest.mark.xfail(strict=True, reason="views of the value from behind the cut stay, unread, and keep it waiting")
 def test_a_value_in_host_memory_is_read_early_only() -> None:
     """Views of it are taken of its copy; the ones that nothing reads any more are gone."""
     tape = Tape()

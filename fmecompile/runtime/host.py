@@ -8,6 +8,7 @@ of the device.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections import deque
@@ -42,10 +43,18 @@ def host_empty(
 
 def to_host(x: torch.Tensor) -> torch.Tensor:
     """A copy of ``x`` in host memory, dense and with its axes in the same order in memory."""
-    like = torch.empty_like(x, device="meta")
-    host = host_empty(tuple(x.shape), like.stride(), x.dtype, x.device)
+    host = host_empty(tuple(x.shape), _dense(x), x.dtype, x.device)
     copy_out(host, x)
     return host
+
+
+def _dense(x: torch.Tensor) -> tuple[int, ...]:
+    """Strides without gaps, axes in the order they have in the memory of ``x``."""
+    strides, step = [0] * x.ndim, 1
+    for d in sorted(range(x.ndim), key=lambda d: (x.stride(d) or sys.maxsize, -d)):
+        strides[d] = step
+        step *= max(x.shape[d], 1)
+    return tuple(strides)
 
 
 def copy_out(host: torch.Tensor, x: torch.Tensor) -> None:
