@@ -146,7 +146,7 @@ def compile_program(
         edit.annotate(compute_nodes(program.graph), facts)
         done(pass_name(item), note)
     key = _key(program)
-    usable = [p for p in saved if p.key == key and (limit_bytes is None or p.projected_peak_bytes <= limit_bytes)]
+    usable = [p for p in saved if p.key == key and _meets(p, limits)]
     if usable:
         prepared = replayed(program, facts, usable[0].recomputed, usable[0].spilled)
         answer = replay(prepared.partitioner, usable[0])
@@ -185,6 +185,12 @@ def compile_program(
         transfer=transfer(program, answer.groups, computed),
     )
     return finish(compilation), plan
+
+
+def _meets(plan: Plan, limits: Limits) -> bool:
+    """Whether a saved plan keeps within limits."""
+    fits = limits.activation_bytes is None or plan.projected_peak_bytes <= limits.activation_bytes
+    return fits and (limits.may_spill or not plan.spilled) and all(g.trips <= limits.max_trips for g in plan.groups)
 
 
 def _tradeoffs(prepared: Prepared) -> str:
