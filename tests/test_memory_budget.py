@@ -14,6 +14,8 @@ import fmecompile
 from fmecompile.backends import budgeted
 from fmecompile.backends.budgeted import ASSUMED_WORKSPACE_BYTES, Budget, device_bytes, workspace_bytes
 from fmecompile.budget import Allowance
+from fmecompile.partition.tradeoffs import Limits
+from fmecompile.pipeline import compile_module
 from tests import pipelines
 from tests.models import seeded
 from tests.pipelines import frames, relative
@@ -261,7 +263,13 @@ def test_the_whole_clip_gives_way_to_the_budget() -> None:
     latents = torch.randn(1, 8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     want = pipe.decode_latents(latents, 8, 2)
     rest = Budget.of("1GiB", pipe).allowance(pipe.vae.decoder, (latents[0],)).taken_bytes
-    small, whole = (fmecompile.plan(pipe.vae.decoder, latents[0, :n], torch.zeros(1, n), n).floor_bytes for n in (2, 8))
+
+    def least(n: int) -> int:
+        with torch.no_grad(), pytest.raises(fmecompile.BudgetInfeasible) as refused:
+            compile_module(pipe.vae.decoder, (latents[0, :n], torch.zeros(1, n), n), {}, limits=Limits(1))
+        return refused.value.floor_bytes
+
+    small, whole = least(2), least(8)
     assert small < whole
     fmecompile.optimize(pipe, memory_budget=rest + (small + whole) // 2)
     assert relative(pipe.decode_latents(latents, 8, 2), want) < 1e-4
