@@ -348,7 +348,10 @@ def test_a_loop_may_move_its_operand_to_another_device() -> None:
     x = tape.input(TensorSpec((4, 6), (6, 1), torch.float32, CPU))
     moved = tape.call(aten._to_copy.default, x, device=torch.device("meta"))
     program = tape.program(tape.call(aten.silu.default, moved))
-    loop_of(program, Looped(0, 2, atoms_of(program, moved)[0], 2))
+    loop, module = loop_of(program, Looped(0, 2, atoms_of(program, moved)[0], 2))
+    (result,) = module(torch.ones(4, 6))
+    assert loop.spec.trips == 2
+    assert result.device.type == "meta"
 
 
 def test_fake_tensors_run_through_a_loop() -> None:

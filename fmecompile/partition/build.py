@@ -197,11 +197,9 @@ class Builder:
         first = max(trip.start * unit - reading.halo[0], 0)
         last = min((trip.start + trip.rows) * unit + reading.halo[1], sizes[nest[-1]] * unit)
         shape = local_shape(axes, nest, Fraction(last - first, unit), sizes, reading.kept)
-        return (
-            self._called(graph, aten.reshape.default, place, list(shape))
-            if tensor_spec(place).shape != shape
-            else place
-        )
+        if tensor_spec(place).shape == shape:
+            return place
+        return self._called(graph, aten.reshape.default, place, list(shape))
 
     def _called(self, graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
         node = graph.call_function(target, args)

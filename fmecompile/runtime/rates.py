@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -45,9 +46,8 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
         return _SIZE**3 / _seconds(lambda: factor @ factor, device)
 
 
-def _seconds(work: object, device: torch.device) -> float:
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """The best of five runs."""
-    assert callable(work)
     found = []
     for _ in range(5):
         torch.cuda.synchronize(device)
