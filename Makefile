@@ -18,7 +18,7 @@ demo: $(STAMP) ## the real SVD and AnimateDiff UNets on this CPU: memory, time a
 	$(BIN)/fmecompile demo
 
 test: $(STAMP) ## run the tests that take no GPU and no minutes
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -m "not slow" --numprocesses auto --dist worksteal
 
 lint: $(STAMP) ## lint, formatting, types, import directions
 	$(BIN)/ruff check

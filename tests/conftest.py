@@ -17,6 +17,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 # Small models have small chunks: without this the search would find nothing worth a loop in them.
 os.environ.setdefault("FMECOMPILE_MIN_TRIP_BYTES", "0")
 
+# Workers of one run share the cores.
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if workers > 1:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
 # Torch describes every tensor it traces to this logger while that has handlers. Pytest gives some to each logger that
 # does not propagate; that makes captures twice as slow.
 logging.getLogger("torch.__trace").propagate = True

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from fmecompile.analysis.axes import GraphAxes
 from fmecompile.partition.nests import MAX_REACH, MAX_TRIPS, Nest, nests, role_of
 from fmecompile.partition.region import Region
+from fmecompile.runtime.host import to_device, to_host
 
 MAX_WEIGHT_SHARE = 8
 """Bytes of weights that a trip may read for each byte it makes; above that, chunks cost more time than they save."""
@@ -182,6 +183,8 @@ class _Trip:
         self.hoisted = self.least = 0
         self.held = self.made = _NOTHING
         self.share: dict[int, Bytes] = {}
+        self.same: dict[int, int] = {}
+        self.until: dict[int, int] = {}
         self.moments: list[Bytes] = []
         self.depth: dict[int, float] = {}
         self.deepest = 0.0
@@ -204,7 +207,7 @@ class _Trip:
         self._note_reads(p, role)
         if role:
             self.has_loop = True
-            own = self._split(p, region.nbytes[p])
+            own = _NOTHING if self._stays(p) else self._split(p, region.nbytes[p])
             self.held = self.held.plus(own)
             self.made = self.made.plus(own)
             self.weight_bytes += region.weight_bytes[p]
@@ -217,9 +220,25 @@ class _Trip:
         for dead in region.dies[p]:
             if dead < self.start:
                 self.dying.append(dead)
-            elif dead in self.share:
-                self.held = self.held.minus(self.share.pop(dead))
+            self._release(self.same.get(dead, dead), p)
         return True
+
+    def _stays(self, p: int) -> bool:
+        """Whether ``p`` moves a value of the trip to host memory, or takes it back: it stays where it is meanwhile."""
+        region = self.region
+        if region.nodes[p].target not in (to_host, to_device):
+            return False
+        moved = region.reads[p][0].owner
+        if region.nodes[p].target is to_device and not self.looped.get(moved, False):
+            return False
+        root = self.same[p] = self.same.get(moved, moved)
+        self.until[root] = max(self.until.get(root, moved), region.last[moved], region.last[p])
+        return True
+
+    def _release(self, root: int, p: int) -> None:
+        """Give back what a trip holds of a storage once all that stays in it is dead."""
+        if root in self.share and self.until.get(root, p) <= p:
+            self.held = self.held.minus(self.share.pop(root))
 
     def _note_reads(self, p: int, role: bool) -> None:
         """The depth of ``p``; and of outside storages, which are read beyond a trip's own slice and from what depth."""

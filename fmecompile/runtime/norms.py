@@ -8,7 +8,10 @@ join by the formula of Chan, Golub and LeVeque (1983): ``mean = mean(mean_i)`` a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 _PIECE_BYTES, _MAX_PIECES = 16 << 20, 64
 """A large tensor is read in pieces of about so many bytes once in wide numbers, which is what moments hold twice."""
@@ -24,17 +27,28 @@ def group_norm_moments(x: torch.Tensor, num_groups: int) -> torch.Tensor:
     Reads ``x`` in whatever layout it has, a piece at a time along its outermost dimensions in memory.
     """
     pieces = -(-x.numel() * _wide(x.dtype).itemsize // _PIECE_BYTES)
-    return _moments(x.unflatten(1, (num_groups, x.shape[1] // num_groups)), min(pieces, _MAX_PIECES))
+    x = x.unflatten(1, (num_groups, x.shape[1] // num_groups))
+    moments = x.new_empty((2, *x.shape[:2], *x.shape[3:-1]), dtype=_wide(x.dtype))
+    seen: set[torch.Size] = set()
+    for part, target in _pieces(x, moments, min(pieces, _MAX_PIECES)):
+        if isinstance(x, FakeTensor) and part.shape in seen:
+            continue  # without values one part of each shape tells all
+        seen.add(part.shape)
+        target.copy_(_row_moments(part))
+    return moments
 
 
-def _moments(x: torch.Tensor, pieces: int) -> torch.Tensor:
-    """(N, G, C/G, D1, ..., Dk) -> (2, N, G, D1, ..., Dk-1)."""
+def _pieces(x: torch.Tensor, moments: torch.Tensor, pieces: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Parts of (N, G, C/G, D1, ..., Dk), each with its place in (2, N, G, D1, ..., Dk-1)."""
     kept = [d for d in (0, *range(3, x.ndim - 1)) if x.shape[d] > 1]
     if pieces <= 1 or not kept:
-        return _row_moments(x)
+        yield x, moments
+        return
     along = max(kept, key=lambda d: (x.stride(d), x.shape[d]))
-    parts = x.split(-(-x.shape[along] // pieces), along)
-    return torch.cat([_moments(part, -(-pieces // len(parts))) for part in parts], 1 if along == 0 else along)
+    rows = -(-x.shape[along] // pieces)
+    parts = x.split(rows, along)
+    for part, target in zip(parts, moments.split(rows, along or 1), strict=True):
+        yield from _pieces(part, target, -(-pieces // len(parts)))
 
 
 def _row_moments(x: torch.Tensor) -> torch.Tensor:
