@@ -1,4 +1,4 @@
-"""``python -m benchmarks.latency``: time of a call, optimized over eager, at 320 base channels on this machine.
+"""``python -m benchmarks.latency``: time of a call, optimized over eager, with real widths on this machine.
 
 Both run in one process, interleaved, on the same weights and inputs, float32; the figure is the median of the ratios of
 neighbouring calls. Depth and resolution are reduced so that a call takes seconds on two cores.
@@ -9,13 +9,23 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 import fmecompile
-from benchmarks.cases import animatediff, animatediff_inputs, svd, svd_inputs
+from benchmarks.cases import (
+    animatediff,
+    animatediff_inputs,
+    image_decoder,
+    image_decoder_inputs,
+    svd,
+    svd_inputs,
+    video_decoder,
+    video_decoder_inputs,
+)
 from benchmarks.report import save, table
 
 SVD = {
@@ -68,19 +78,28 @@ def row(name: str, module: nn.Module, inputs: Any, pairs: int) -> dict[str, Any]
     }
 
 
+def unets() -> Iterator[tuple[str, nn.Module, Any]]:
+    yield "SVD, 8 frames, 256x320, 2 levels", svd(**SVD), svd_inputs(2, 8, 32, 40, torch.float32)
+    case = "AnimateDiff, 8 frames, 256x256, 2 levels"
+    yield case, animatediff(**ANIMATEDIFF), animatediff_inputs(2, 8, 32, 32, torch.float32)
+
+
+def decoders() -> Iterator[tuple[str, nn.Module, Any]]:
+    yield "SVD decodes 8 frames, 192x256", video_decoder(), video_decoder_inputs(1, 8, 24, 32, torch.float32)
+    yield "AnimateDiff decodes 8 frames, 192x256", image_decoder(), image_decoder_inputs(8, 1, 24, 32, torch.float32)
+
+
+CASES = {"unets": unets, "decoders": decoders}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--only", choices=("svd", "animatediff"))
+    parser.add_argument("--only", choices=CASES)
     options = parser.parse_args()
     torch.manual_seed(0)
-    rows = []
-    if options.only != "animatediff":
-        inputs = svd_inputs(2, 8, 32, 40, torch.float32)
-        rows.append(row("SVD, 8 frames, 256x320, 2 levels", svd(**SVD), inputs, options.pairs))
-    if options.only != "svd":
-        inputs = animatediff_inputs(2, 8, 32, 32, torch.float32)
-        rows.append(row("AnimateDiff, 8 frames, 256x256, 2 levels", animatediff(**ANIMATEDIFF), inputs, options.pairs))
+    chosen = [CASES[options.only]] if options.only else list(CASES.values())
+    rows = [row(*case, options.pairs) for cases in chosen for case in cases()]
     print(table(rows))
     print(save("latency", "python -m benchmarks.latency", rows))
 

@@ -224,7 +224,9 @@ REFUSED: list[tuple[Any, Sample, set[int], set[int], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("target", "sample", "barred", "carried", "words"), REFUSED, ids=lambda v: getattr(v, "__name__", str(v))[:40])
+@pytest.mark.parametrize(
+    ("target", "sample", "barred", "carried", "words"), REFUSED, ids=lambda v: getattr(v, "__name__", str(v))[:40]
+)
 def test_refusals_stand_beside_acceptances(
     target: Any, sample: Sample, barred: set[int], carried: set[int], words: str
 ) -> None:
