@@ -28,7 +28,7 @@ from fmecompile.graph import edit
 from fmecompile.graph.group import Group
 from fmecompile.graph.invariants import check
 from fmecompile.graph.plan import Plan, PlanKey
-from fmecompile.graph.program import Constant, Input, Literal, Program, Weight, compute_nodes
+from fmecompile.graph.program import Coefficient, Constant, Input, Kept, Literal, Program, Weight, compute_nodes
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.graph.structure import structure
 from fmecompile.partition.decide import describe, replay
@@ -73,6 +73,12 @@ class Compilation:
     def project(self) -> Projection:
         return project(self.program, self.groups, self.facts)
 
+    def done(self, name: str, note: str, observe: Observe | None) -> None:
+        """A stage is done, and says what it did."""
+        self.notes.append((name, note))
+        if observe is not None:
+            observe(name, self)
+
 
 Observe = Callable[[str, Compilation], None]
 
@@ -104,12 +110,37 @@ def compile_module(
         CaptureError: the module cannot be captured; whatever cannot be sliced afterwards is only a barrier.
         BudgetInfeasible: every plan holds more than ``limits`` allow.
     """
+    compilation = Compilation(capture(module, args, kwargs))
+    normalise(compilation, observe)
+    return lower_within(compilation, saved, limits, observe)
+
+
+def normalise(compilation: Compilation, observe: Observe | None = None) -> None:
+    """Run the passes that need no plan."""
+    program, facts = compilation.program, compilation.facts
+    edit.annotate(compute_nodes(program.graph), facts)
+    compilation.done("capture", f"{len(compute_nodes(program.graph))} operators", observe)
+    for item in PASSES:
+        note = item.apply(program, facts)
+        edit.annotate(compute_nodes(program.graph), facts)
+        compilation.done(pass_name(item), note, observe)
+
+
+def lower_within(
+    compilation: Compilation,
+    saved: Sequence[Plan] = (),
+    limits: Limits = NO_LIMITS,
+    observe: Observe | None = None,
+) -> tuple[Compiled, Plan]:
+    """Everything after :func:`normalise`, again under a lower limit where the check on fake tensors finds that the
+    result holds more than it said. The program of ``compilation`` stays as it is.
+    """
     allowed = limits.activation_bytes
     limit, least = allowed, 0
     for _ in range(MAX_REPAIRS):
-        tried = replace(limits, activation_bytes=limit)
+        trial = replace(compilation, program=compilation.program.copy(), notes=list(compilation.notes))
         try:
-            compiled, plan = compile_program(Compilation(capture(module, args, kwargs)), saved, tried, observe)
+            compiled, plan = lower(trial, saved, replace(limits, activation_bytes=limit), observe)
         except BudgetInfeasible as error:
             if least == 0:
                 raise
@@ -131,20 +162,19 @@ def compile_program(
     observe: Observe | None = None,
 ) -> tuple[Compiled, Plan]:
     """Everything after capture."""
+    normalise(compilation, observe)
+    return lower(compilation, saved, limits, observe)
+
+
+def lower(
+    compilation: Compilation,
+    saved: Sequence[Plan] = (),
+    limits: Limits = NO_LIMITS,
+    observe: Observe | None = None,
+) -> tuple[Compiled, Plan]:
+    """Partition a normalised program and rewrite it; it is changed."""
     program, facts = compilation.program, compilation.facts
     limit_bytes = limits.activation_bytes
-
-    def done(name: str, note: str) -> None:
-        compilation.notes.append((name, note))
-        if observe is not None:
-            observe(name, compilation)
-
-    edit.annotate(compute_nodes(program.graph), facts)
-    done("capture", f"{len(compute_nodes(program.graph))} operators")
-    for item in PASSES:
-        note = item.apply(program, facts)
-        edit.annotate(compute_nodes(program.graph), facts)
-        done(pass_name(item), note)
     key = _key(program)
     usable = [p for p in saved if p.key == key and _meets(p, limits)]
     if usable:
@@ -158,11 +188,11 @@ def compile_program(
     compilation.groups = {f"chunk_loop_{k}": group for k, group in enumerate(answer.groups)}
     planned = describe(partitioner, answer)
     trips = f"{len(answer.groups)} groups, {sum(g.trips for g in planned)} chunk trips"
-    done("partition", trips + _tradeoffs(prepared))
+    compilation.done("partition", trips + _tradeoffs(prepared), observe)
     computed = work(program)
     compilation.loops = dict(ChunkLoops(answer.groups).apply(program))
-    done("chunk-loops", f"{len(compilation.loops)} loops")
-    done("fuse-norm", FuseNorm(answer.joined).apply(program, facts))
+    compilation.done("chunk-loops", f"{len(compilation.loops)} loops", observe)
+    compilation.done("fuse-norm", FuseNorm(answer.joined).apply(program, facts), observe)
     check(program)
     projection = compilation.project()
     projected = max(projection.peak_bytes, measured_peak_bytes(program, compilation.loops))
@@ -206,7 +236,7 @@ def finish(compilation: Compilation) -> Compiled:
         root.add_module(name, loop)
     graph_module = fx.GraphModule(root, program.graph, class_name="Rewritten")
     slots = tuple(_slot(binding, program) for binding in program.bindings)
-    return Compiled(graph_module, slots, program.constants, tuple(program.literals.values()), program.out_spec)
+    return Compiled(graph_module, slots, program.constants, tuple(program.literals.values()), program.out_spec, program.keeps)
 
 
 def pass_name(item: object) -> str:
@@ -222,6 +252,10 @@ def _slot(binding: object, program: Program) -> Slot:
         return ("input", binding.leaf)
     if isinstance(binding, Constant):
         return ("constant", binding.index)
+    if isinstance(binding, Kept):
+        return ("kept", (binding.name, binding.order))
+    if isinstance(binding, Coefficient):
+        return ("coefficient", binding.order - 1)
     assert isinstance(binding, Literal)
     return ("literal", list(program.literals).index(binding.name))
 

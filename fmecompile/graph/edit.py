@@ -106,6 +106,17 @@ def drop_unused(program: Program) -> int:
     return erased
 
 
+def return_also(program: Program, name: str, value: fx.Node) -> None:
+    """Let the program also return ``value``, kept under ``name``."""
+    program.output.args = ((*program.outputs, value),)
+    program.keeps = (*program.keeps, name)
+
+
+def replace_by(node: fx.Node, value: fx.Node) -> None:
+    """Let every reader of ``node`` but ``value`` itself read ``value`` instead; ``node`` stays."""
+    node.replace_all_uses_with(value, delete_user_cb=lambda user: user is not value)
+
+
 def annotate(nodes: Iterable[fx.Node], facts: FactTable) -> None:
     """Compute every node's spec from its operands' specs."""
     for node in nodes:

@@ -38,7 +38,22 @@ class Constant:
     index: int
 
 
-Binding = Weight | Input | Literal | Constant
+@dataclass(frozen=True)
+class Kept:
+    """What an earlier step kept under a name; of a forecast also its ``order``-th divided difference."""
+
+    name: str
+    order: int = 0
+
+
+@dataclass(frozen=True)
+class Coefficient:
+    """A 0-d float64 tensor: what the ``order``-th divided difference is multiplied with at a step."""
+
+    order: int
+
+
+Binding = Weight | Input | Literal | Constant | Kept | Coefficient
 
 
 @dataclass
@@ -46,7 +61,8 @@ class Program:
     """One graph for one input signature.
 
     Placeholders stand in the order of ``bindings``. The output node's argument is a flat tuple that ``out_spec``
-    unflattens. ``constants`` maps the values of ``literals``, in order, to the values of :class:`Constant` bindings.
+    unflattens; behind those that it takes follow the values kept for later steps, named by ``keeps``. ``constants``
+    maps the values of ``literals``, in order, to the values of :class:`Constant` bindings.
     """
 
     graph: fx.Graph
@@ -54,12 +70,13 @@ class Program:
     out_spec: TreeSpec
     literals: dict[str, torch.Tensor]
     constants: fx.GraphModule | None = None
+    keeps: tuple[str, ...] = ()
 
     def copy(self) -> Program:
         """The same program with a graph of its own; nodes keep their names."""
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph, {}))
-        return Program(graph, list(self.bindings), self.out_spec, dict(self.literals), self.constants)
+        return Program(graph, list(self.bindings), self.out_spec, dict(self.literals), self.constants, self.keeps)
 
     @property
     def placeholders(self) -> list[fx.Node]:

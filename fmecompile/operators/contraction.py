@@ -134,6 +134,17 @@ def products(node: fx.Node) -> int:
     return spec.numel * prod(weight.shape[1:])
 
 
+def all_products(node: fx.Node) -> int:
+    """:func:`products`, and those of attention and of products of two activations."""
+    if node.target is aten.scaled_dot_product_attention.default:
+        query, key, value = (node_spec(n) for n in node.args[:3])  # type: ignore[arg-type]
+        return prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+    if node.target in _OF_ACTIVATIONS:
+        return node_spec(node).numel * node_spec(node.args[-2]).shape[-1]  # type: ignore[arg-type]
+    return products(node)
+
+
+_OF_ACTIVATIONS = (aten.bmm.default, aten.matmul.default, aten.addmm.default)
 _WEIGHTED = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 

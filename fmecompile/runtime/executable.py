@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +15,26 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from fmecompile.runtime.signature import fake_mode_of
 
 Slot = tuple[str, Any]
-"""Where an operand comes from: ``("weight", name)``, ``("input", leaf)``, ``("literal", index)`` or
-``("constant", index)``."""
+"""Where an operand comes from: ``("weight", name)``, ``("input", leaf)``, ``("literal", index)``,
+``("constant", index)``, ``("kept", (name, order))`` or ``("coefficient", order)``."""
+
+Keep = Mapping[tuple[str, int], torch.Tensor]
+"""What earlier steps kept, by name and order of the divided difference."""
+
+_NOTHING: Keep = {}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a backend returns: the rewritten graph, its operands' sources, and the graph of constants."""
+    """What a backend returns: the rewritten graph, its operands' sources, and the graph of constants. Behind the
+    results, the graph returns a value for each name in ``keeps``."""
 
     graph_module: fx.GraphModule
     slots: tuple[Slot, ...]
     constants: fx.GraphModule | None
     literals: tuple[torch.Tensor, ...]
     out_spec: TreeSpec
+    keeps: tuple[str, ...] = ()
 
 
 class Executable:
@@ -41,11 +48,21 @@ class Executable:
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run on the flattened arguments of a call; the result has the structure the module returned at capture."""
+        return self.run(leaves)[0]
+
+    def run(
+        self, leaves: Sequence[Any], kept: Keep = _NOTHING, coefficients: Sequence[torch.Tensor] = ()
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        """The same, on what earlier steps kept; also what this one keeps, by name."""
         mode = fake_mode_of(list(leaves))
-        held = {"input": leaves, **self._made_in(mode)}
+        held = {"input": leaves, "kept": kept, "coefficient": coefficients, **self._made_in(mode)}
         operands = [held[kind][key] if kind in held else table[key] for kind, table, key in self._sources]
         with mode if mode is not None else nullcontext():
-            return tree_unflatten(list(self._forward(*operands)), self._compiled.out_spec)
+            values = list(self._forward(*operands))
+        del operands
+        names = self._compiled.keeps
+        new = dict(zip(names, values[len(values) - len(names) :], strict=True))
+        return tree_unflatten(values[: len(values) - len(names)], self._compiled.out_spec), new
 
     def _made_in(self, mode: Any) -> dict[str, tuple[torch.Tensor, ...]]:
         """Literals and constants: made on first use, once for real tensors and once for the latest fake mode."""

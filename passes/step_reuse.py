@@ -1,0 +1,145 @@
+"""step-reuse: graphs for steps that compute everything, and for steps that take values from an earlier one.
+
+    before   a = down(x);  b = middle(a);  y = up(b, a)
+    full     a = down(x);  b = middle(a);  y = up(b, a)    and b is kept
+    shallow  a = down(x);  y = up(b', a)                   b' is what an earlier step kept
+
+What only led to ``b`` is gone from the shallow graph. A residual (``source``) is kept as ``b - s`` and taken as
+``s + r'``, so the source of this step enters; a forecast takes ``b'`` and its divided differences, and sums up a Taylor
+polynomial whose coefficients are inputs, so that one graph serves every distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fmecompile.analysis.facts import FactTable
+from fmecompile.analysis.storages import storages
+from fmecompile.graph import edit
+from fmecompile.graph.program import Coefficient, Kept, Program, compute_nodes
+from fmecompile.graph.specs import TensorSpec, tensor_spec
+from fmecompile.operators.contraction import products
+from fmecompile.runtime.measure import rounded_bytes
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A value, by the name of its node, that may be taken from an earlier step under the name ``name``; a residual is
+    kept as its difference to ``source``."""
+
+    name: str
+    value: str
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class StepReuse:
+    """Turn a program into the variant that takes the cuts in ``reused`` from an earlier step, and keeps those of the
+    others that it still computes. ``order`` is that of the forecast, 0 for the value itself; ``store`` the dtype that
+    values are kept in, None for their own."""
+
+    cuts: Sequence[Cut]
+    reused: frozenset[str] = frozenset()
+    order: int = 0
+    store: torch.dtype | None = None
+
+    def apply(self, program: Program, facts: FactTable) -> str:
+        before = sum(map(products, compute_nodes(program.graph)))
+        nodes = {node.name: node for node in program.graph.nodes}
+        coefficients = self._coefficients(program) if self.reused else []
+        for cut in self.cuts:
+            if cut.name in self.reused:
+                self._take(program, cut, nodes, coefficients, facts)
+        edit.drop_unused(program)
+        alive = {node.name for node in compute_nodes(program.graph)}
+        for cut in self.cuts:
+            if cut.name not in self.reused and cut.value in alive:
+                self._keep(program, cut, nodes, facts)
+        after = sum(map(products, compute_nodes(program.graph)))
+        return f"{len(self.reused)} values taken, {len(program.keeps)} kept, {1 - after / max(before, 1):.1%} less work"
+
+    def _coefficients(self, program: Program) -> list[fx.Node]:
+        spec = TensorSpec((), (), torch.float64, torch.device("cpu"))
+        orders = range(1, self.order + 1)
+        return [edit.add_placeholder(program, f"coefficient_{k}", Coefficient(k), spec) for k in orders]
+
+    def _take(
+        self,
+        program: Program,
+        cut: Cut,
+        nodes: dict[str, fx.Node],
+        coefficients: list[fx.Node],
+        facts: FactTable,
+    ) -> None:
+        value = nodes[cut.value]
+        held = self._held_spec(cut, nodes, facts)
+        orders = range(len(coefficients) + 1)
+        kept = [edit.add_placeholder(program, _slug(cut.name, k), Kept(cut.name, k), held) for k in orders]
+        made = list(self._restored(value, nodes.get(cut.source or ""), kept, coefficients))
+        edit.annotate(made, facts)
+        edit.replace_by(value, made[-1] if made else kept[0])
+
+    def _restored(
+        self, value: fx.Node, source: fx.Node | None, kept: list[fx.Node], coefficients: list[fx.Node]
+    ) -> Iterator[fx.Node]:
+        """Calls in front of ``value`` that make it of what was kept."""
+        anchor, now = value, kept[0]
+        for difference, coefficient in zip(kept[1:], coefficients, strict=True):
+            term = edit.insert_before(anchor, aten.mul.Tensor, (difference, coefficient), like=value)
+            yield term
+            now = edit.insert_before(anchor, aten.add.Tensor, (now, term), like=value)
+            yield now
+        dtype = tensor_spec(value).dtype
+        if self.store not in (None, dtype):
+            now = edit.insert_before(anchor, aten.to.dtype, (now, dtype), like=value)
+            yield now
+        if source is not None:
+            yield edit.insert_before(anchor, aten.add.Tensor, (source, now), like=value)
+
+    def _keep(self, program: Program, cut: Cut, nodes: dict[str, fx.Node], facts: FactTable) -> None:
+        edit.return_also(program, cut.name, self._kept(program, cut, nodes, facts))
+
+    def _kept(self, program: Program, cut: Cut, nodes: dict[str, fx.Node], facts: FactTable) -> fx.Node:
+        """The tensor that is kept of a cut: a storage of its own, no more than that tensor."""
+        value = nodes[cut.value]
+        made: list[fx.Node] = []
+        if cut.source is not None:
+            made.append(edit.insert_before(value.next, aten.sub.Tensor, (value, nodes[cut.source]), like=value))
+        if self.store not in (None, tensor_spec(value).dtype):
+            last = made[-1] if made else value
+            made.append(edit.insert_before(last.next, aten.to.dtype, (last, self.store), like=value))
+        if not made and _shares(value, program, facts):
+            made.append(edit.insert_before(value.next, aten.clone.default, (value,), like=value))
+        edit.annotate(made, facts)
+        return made[-1] if made else value
+
+    def _held_spec(self, cut: Cut, nodes: dict[str, fx.Node], facts: FactTable) -> TensorSpec:
+        """The spec of what :meth:`_kept` makes."""
+        spec = tensor_spec(nodes[cut.value])
+        specs = [spec]
+        if cut.source is not None:
+            specs.append(facts(aten.sub.Tensor, (spec, tensor_spec(nodes[cut.source])), {}).result)
+        if self.store not in (None, spec.dtype):
+            specs.append(facts(aten.to.dtype, (specs[-1], self.store), {}).result)
+        if len(specs) == 1:
+            specs.append(facts(aten.clone.default, (spec,), {}).result)
+        return specs[-1]
+
+
+def _shares(value: fx.Node, program: Program, facts: FactTable) -> bool:
+    """Whether ``value`` lies in a storage with more than itself, or one that the module returns."""
+    held = storages(compute_nodes(program.graph), (), facts)
+    root = held.roots[value]
+    returned = any(isinstance(v, fx.Node) and held.roots.get(v, v) is root for v in program.outputs)
+    spec = tensor_spec(value)
+    return root not in held.position or returned or held.nbytes[held.position[root]] > rounded_bytes(spec.numel * spec.dtype.itemsize)
+
+
+def _slug(name: str, order: int) -> str:
+    return "kept_" + "".join(c if c.isalnum() else "_" for c in name) + (f"_{order}" if order else "")
