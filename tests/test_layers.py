@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("graph",),
     ("report",),
     ("runtime",),
+    ("reuse",),
     ("errors", "config", "budget"),
 )
 
