@@ -12,20 +12,48 @@ from fmecompile.errors import (
     VerificationError,
 )
 from fmecompile.graph.plan import Plan
+from fmecompile.reuse import (
+    AdaCache,
+    DBCache,
+    DeepCache,
+    FasterCache,
+    FirstBlockCache,
+    Guards,
+    MagCache,
+    PyramidAttention,
+    SmoothCache,
+    StepRehash,
+    TaylorSeer,
+    TeaCache,
+)
+from fmecompile.runtime.generation import generation
 from fmecompile.runtime.measure import Measurement, measure
 
 __all__ = [
+    "AdaCache",
     "BudgetInfeasible",
     "CaptureError",
+    "DBCache",
+    "DeepCache",
+    "FasterCache",
+    "FirstBlockCache",
     "FmeError",
     "GradientError",
+    "Guards",
+    "MagCache",
     "Measurement",
     "OptionError",
     "Plan",
     "PlanMismatch",
+    "PyramidAttention",
+    "SmoothCache",
+    "StepRehash",
     "TargetError",
+    "TaylorSeer",
+    "TeaCache",
     "VerificationError",
     "explain",
+    "generation",
     "is_optimized",
     "measure",
     "optimize",

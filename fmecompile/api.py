@@ -13,14 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fmecompile.backends.budgeted import NO_WISHES, Budget, Wishes, compile_budgeted
 from fmecompile.backends.eager import EagerCompiler
+from fmecompile.backends.reusing import ReusingCompiler
 from fmecompile.capture.example import Example, eager_measurement
-from fmecompile.capture.families import COMPONENTS, DECODER, SCALAR_INPUTS, is_pipeline, parts
+from fmecompile.capture.families import COMPONENTS, DECODER, SCALAR_INPUTS, is_denoiser, is_pipeline, parts
 from fmecompile.capture.shell import Shell
 from fmecompile.errors import OptionError, TargetError
 from fmecompile.explain import Explanation, PipelineExplanation
 from fmecompile.graph.plan import Plan
 from fmecompile.graph.printing import readable
 from fmecompile.pipeline import Compilation, Observe, finish
+from fmecompile.reuse.policy import Policy
 from fmecompile.runtime.dispatch import Dispatcher, find, plain_forward
 from fmecompile.runtime.exclusion import EXCLUSION
 from fmecompile.runtime.whole_clip import WholeClip, can_decode_whole, find_whole_clip
@@ -49,6 +51,9 @@ def optimize(
     float. Weights, inputs and activations count, and of a pipeline every other component that is on the device at that
     moment. The plan is the one with the fewest chunk trips that meets it; by default, one near the floor.
 
+    ``reuse`` is a policy (``fmecompile.StepRehash(full_steps=13)`` and others): at some steps the denoiser takes values
+    from an earlier step, which is faster and not lossless. What is kept counts in the budget.
+
     ``spill`` says whether values may wait in host memory where no other plan meets the budget: by default where the
     device has a memory of its own. ``max_chunks`` bounds the chunk trips of every group.
 
@@ -65,7 +70,7 @@ def optimize(
         BudgetInfeasible: the weights alone exceed the budget. The first call raises it where the rest does.
     """
     found = _parts(target, "optimize")
-    _refuse(reuse is not None, "reuse", reuse, "leave it out: without reuse the output is the same")
+    policy = _policy(reuse, found)
     _refuse(backend != "eager", "backend", backend, "use backend='eager'")
     if plan is not None and not isinstance(plan, Plan):
         raise OptionError(f"plan is a {type(plan).__name__}", next_step="pass fmecompile.Plan.load(path)")
@@ -73,8 +78,23 @@ def optimize(
     if budget is not None:
         budget.require_weights(found)
     compiler = EagerCompiler(() if plan is None else (plan,), _progress, budget, _wishes(spill, max_chunks))
-    _install(target, [_dispatcher(module, compiler, strict) for module in found.values()])
+    compilers = {path: _reusing(path, compiler, policy) for path in found}
+    _install(target, [_dispatcher(module, compilers[path], strict) for path, module in found.items()])
     return target
+
+
+def _policy(reuse: object, found: dict[str, nn.Module]) -> Policy | None:
+    if reuse is not None and not isinstance(reuse, Policy):
+        raise OptionError(
+            f"reuse={reuse!r} is no policy", next_step="give one, as in reuse=fmecompile.StepRehash(full_steps=13)"
+        )
+    if reuse is not None and not any(is_denoiser(path) for path in found):
+        raise OptionError("reuse needs a denoiser, and there is none to optimize", next_step="leave out reuse")
+    return reuse
+
+
+def _reusing(path: str, compiler: EagerCompiler, policy: Policy | None) -> EagerCompiler | ReusingCompiler:
+    return compiler if policy is None or not is_denoiser(path) else ReusingCompiler(compiler, policy)
 
 
 def _wishes(spill: bool | None, max_chunks: int | None) -> Wishes:
@@ -89,7 +109,7 @@ def _wishes(spill: bool | None, max_chunks: int | None) -> Wishes:
     return Wishes(spill, max_chunks)
 
 
-def _dispatcher(module: nn.Module, compiler: EagerCompiler, strict: bool) -> Dispatcher:
+def _dispatcher(module: nn.Module, compiler: EagerCompiler | ReusingCompiler, strict: bool) -> Dispatcher:
     eager = plain_forward(module)
     return Dispatcher(module, eager, compiler, strict=strict, scalars=SCALAR_INPUTS, situation=compiler.situation)
 

@@ -53,7 +53,7 @@ class Allowance:
     """What a budget is made of at one call, in bytes; what is left is for activations.
 
     ``residents`` are the other parts of a diffusion pipeline on the same device, by name. ``workspace_bytes`` is what
-    the device's libraries hold beside tensors.
+    the device's libraries hold beside tensors, ``kept_bytes`` what earlier steps kept for later ones.
     """
 
     budget_bytes: int
@@ -61,6 +61,7 @@ class Allowance:
     input_bytes: int
     residents: tuple[tuple[str, int], ...] = ()
     workspace_bytes: int = 0
+    kept_bytes: int = 0
 
     @property
     def owners(self) -> tuple[tuple[str, int], ...]:
@@ -69,6 +70,7 @@ class Allowance:
             ("weights", self.weight_bytes),
             ("inputs", self.input_bytes),
             *self.residents,
+            ("kept for later steps", self.kept_bytes),
             ("library workspaces", self.workspace_bytes),
         )
         return tuple((name, size) for name, size in named if size)

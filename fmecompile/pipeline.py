@@ -85,14 +85,15 @@ Observe = Callable[[str, Compilation], None]
 
 @dataclass(frozen=True)
 class Record:
-    """One compiled signature of a module: its plan, the call it was made for, what every stage said, and what its
-    budget was made of, if it had one.
+    """One compiled signature of a module: its plan, the call it was made for, what every stage said, what its
+    budget was made of, if it had one, and what is reused between steps, if anything is.
     """
 
     plan: Plan
     example: Example
     notes: tuple[tuple[str, str], ...]
     allowance: Allowance | None = None
+    reuse: object = None
 
 
 def compile_module(

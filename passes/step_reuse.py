@@ -30,18 +30,19 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Cut:
-    """A value, by the name of its node, that may be taken from an earlier step under the name ``name``; a residual is
-    kept as its difference to ``source``."""
+    """A value, by the name of its node, that may be taken from an earlier step; kept under ``name``, together with the
+    others of its ``component``. A residual is kept as its difference to ``source``."""
 
     name: str
     value: str
+    component: str
     source: str | None = None
 
 
 @dataclass(frozen=True)
 class StepReuse:
-    """Turn a program into the variant that takes the cuts in ``reused`` from an earlier step, and keeps those of the
-    others that it still computes. ``order`` is that of the forecast, 0 for the value itself; ``store`` the dtype that
+    """Turn a program into the variant that takes the components ``reused`` from an earlier step, and keeps those cuts of
+    the others that it still computes. ``order`` is that of the forecast, 0 for the value itself; ``store`` the dtype that
     values are kept in, None for their own."""
 
     cuts: Sequence[Cut]
@@ -54,12 +55,12 @@ class StepReuse:
         nodes = {node.name: node for node in program.graph.nodes}
         coefficients = self._coefficients(program) if self.reused else []
         for cut in self.cuts:
-            if cut.name in self.reused:
+            if cut.component in self.reused:
                 self._take(program, cut, nodes, coefficients, facts)
         edit.drop_unused(program)
         alive = {node.name for node in compute_nodes(program.graph)}
         for cut in self.cuts:
-            if cut.name not in self.reused and cut.value in alive:
+            if cut.component not in self.reused and cut.value in alive:
                 self._keep(program, cut, nodes, facts)
         after = sum(map(products, compute_nodes(program.graph)))
         return f"{len(self.reused)} values taken, {len(program.keeps)} kept, {1 - after / max(before, 1):.1%} less work"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -161,19 +161,35 @@ def compile_budgeted(
         BudgetInfeasible: with everything counted, and the owners named.
         CaptureError, OptionError: as ``compile_module`` and :meth:`Budget.bytes_on` do.
     """
+
+    def make(limits: Limits) -> tuple[Compiled, Plan]:
+        return compile_module(shell, args, kwargs, saved=saved, limits=limits, observe=observe)
+
+    return within_budget(shell, (args, kwargs), budget, wishes, make)
+
+
+def within_budget(
+    shell: Shell,
+    inputs: Any,
+    budget: Budget | None,
+    wishes: Wishes,
+    make: Callable[[Limits], tuple[Compiled, Plan]],
+    kept_bytes: int = 0,
+) -> tuple[Compiled, Plan, Allowance | None]:
+    """What ``make`` compiles for a call with ``inputs``, within what ``budget`` leaves for activations beside
+    ``kept_bytes``. Raises as :func:`compile_budgeted` does.
+    """
     limits = Limits(max_trips=wishes.max_trips)
     if budget is None:
-        return *compile_module(shell, args, kwargs, saved=saved, limits=limits, observe=observe), None
-    allowance = budget.allowance(shell.module, (args, kwargs))
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        return *make(limits), None
+    allowance = replace(budget.allowance(shell.module, inputs), kept_bytes=kept_bytes)
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
     spill = device_of(shell.module, tensors).type != "cpu" if wishes.spill is None else wishes.spill
-    limits = replace(limits, activation_bytes=max(allowance.activation_bytes, 0), may_spill=spill)
     try:
-        compiled, plan = compile_module(shell, args, kwargs, saved=saved, limits=limits, observe=observe)
+        meeting = replace(limits, activation_bytes=max(allowance.activation_bytes, 0), may_spill=spill)
+        return *make(meeting), allowance
     except BudgetInfeasible as error:
-        leanest = compile_module(shell, args, kwargs, limits=Limits(max_trips=wishes.max_trips))[1]
-        raise _in_users_terms(error, allowance, leanest, inner_name(shell)) from error
-    return compiled, plan, allowance
+        raise _in_users_terms(error, allowance, make(limits)[1], inner_name(shell)) from error
 
 
 def _in_users_terms(error: BudgetInfeasible, allowance: Allowance, leanest: Plan, name: str) -> BudgetInfeasible:

@@ -21,6 +21,9 @@ HALVES = ("decoder", "encoder")
 DECODER = "vae.decoder"
 """The part of a pipeline that turns latents into frames."""
 
+DENOISERS = ("unet", "transformer", "transformer_2")
+"""Components that a diffusion pipeline calls at every step; a module that is no part of one is taken for one."""
+
 BRANCHES = "nets"
 """Where a module that only sums over ControlNets keeps them."""
 
@@ -74,6 +77,11 @@ def _inside(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
         yield from ((f"{path}.{BRANCHES}.{k}".lstrip("."), net) for k, net in enumerate(branches))
     else:
         yield path, module
+
+
+def is_denoiser(path: str) -> bool:
+    """Whether the part at ``path`` is called at every step."""
+    return path in ("", *DENOISERS)
 
 
 def is_autoencoder(module: nn.Module) -> bool:

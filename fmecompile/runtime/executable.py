@@ -46,6 +46,11 @@ class Executable:
         self._sources = [_source(slot, module) for slot in compiled.slots]
         self._made: dict[Any, dict[str, tuple[torch.Tensor, ...]]] = {}
 
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """The names of what a run keeps for later steps."""
+        return self._compiled.keeps
+
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run on the flattened arguments of a call; the result has the structure the module returned at capture."""
         return self.run(leaves)[0]

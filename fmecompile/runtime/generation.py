@@ -1,0 +1,230 @@
+"""Which step of which generation a call belongs to, and on which branch: told without waiting for the device.
+
+A sampler calls the denoiser at a row of timesteps, with guidance perhaps twice at each. Calls at the same timestep
+belong to one **step**. A timestep that is a view of the sampler's list is told by its place in the list, which also has
+the number of steps; another one by its value, where that can be read without the device. A **generation** ends where the
+list is another one or is begun anew, where values turn back, or where ``generation(steps=...)`` says so.
+
+Calls of one step are told apart by what they are called with: a **branch** is called with the same tensors at each
+step, or where none are the same, in the same order.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fmecompile.errors import OptionError
+
+MAX_BRANCHES = 8
+"""Branches kept of one generation; the one that was called longest ago goes first."""
+
+
+@dataclass(eq=False)
+class Declared:
+    """A generation that was declared, and its number of steps."""
+
+    steps: int | None
+
+
+_DECLARED: ContextVar[Declared | None] = ContextVar("generation", default=None)
+
+
+@contextmanager
+def generation(steps: int | None = None) -> Iterator[None]:
+    """Everything in here is one generation of ``steps`` calls of the denoiser (of each branch of guidance).
+
+    Needed only where a sampler hands the denoiser timesteps of which fmecompile cannot tell which come together. What was
+    kept for later steps is let go at the end.
+
+    Raises OptionError when ``steps`` is no positive whole number.
+    """
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise OptionError(f"steps={steps!r} is no number of steps", next_step="give how often the denoiser is called")
+    declared = Declared(steps)
+    token = _DECLARED.set(declared)
+    try:
+        yield
+    finally:
+        _DECLARED.reset(token)
+        for timeline in list(_TIMELINES):
+            timeline.end(declared)
+
+
+@dataclass(eq=False)
+class Branch:
+    """One stream of calls in a generation. ``state`` is whatever a caller keeps with it."""
+
+    anchors: tuple[tuple[weakref.ref[torch.Tensor], int], ...]
+    step: int = -1
+    state: Any = None
+
+    def matches(self, leaves: Sequence[torch.Tensor]) -> int:
+        """How many of ``leaves`` are the tensors this branch was called with before, unchanged."""
+        pairs = zip(self.anchors, leaves, strict=True)
+        return sum(known() is leaf and version == version_of(leaf) for (known, version), leaf in pairs)
+
+    def remember(self, leaves: Sequence[torch.Tensor]) -> None:
+        self.anchors = anchored(leaves)
+
+
+def anchored(leaves: Sequence[torch.Tensor]) -> tuple[tuple[weakref.ref[torch.Tensor], int], ...]:
+    """What :meth:`Branch.matches` compares with."""
+    return tuple((weakref.ref(leaf), version_of(leaf)) for leaf in leaves)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often ``tensor`` was changed in place; -1 where torch does not count that."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@dataclass(eq=False)
+class Generation:
+    """One run of a sampler. ``count`` is its number of steps, None where that is not known; ``timesteps`` the
+    sampler's list from the first step on, where there is one."""
+
+    count: int | None
+    timesteps: torch.Tensor | None = None
+    step: int = 0
+    branches: weakref.WeakKeyDictionary[object, list[Branch]] = field(default_factory=weakref.WeakKeyDictionary)
+
+    def branch(self, program: object, leaves: Sequence[torch.Tensor]) -> Branch:
+        """The branch of a call of ``program`` on the tensors ``leaves`` (those that do not change at every step)."""
+        known = self.branches.setdefault(program, [])
+        same = next((b for b in known if leaves and b.matches(leaves) == len(leaves)), None)
+        waiting = [b for b in known if b.step < self.step]
+        found = same or max(waiting, key=lambda b: b.matches(leaves), default=None)
+        if found is None:
+            found = Branch(anchored(leaves))
+            known.append(found)
+            del known[:-MAX_BRANCHES]
+        found.remember(leaves)
+        found.step = self.step
+        return found
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """A timestep as far as it can be told: its value, and where it is one of a list, its place and the list's length."""
+
+    value: float | None
+    storage: Any
+    offset: int
+    length: int
+
+    @classmethod
+    def of(cls, timestep: torch.Tensor) -> _Mark:
+        storage = timestep.untyped_storage()
+        is_single = all(step == 0 or size == 1 for size, step in zip(timestep.shape, timestep.stride(), strict=True))
+        readable = timestep.device.type == "cpu" and not isinstance(timestep, FakeTensor) and timestep.numel() > 0
+        value = float(timestep.flatten()[0]) if readable else None
+        length = storage.nbytes() // timestep.itemsize if is_single else 1
+        return cls(value, storage, timestep.storage_offset(), length)
+
+    @property
+    def is_listed(self) -> bool:
+        return self.length > 1
+
+    def same_list(self, other: _Mark) -> bool:
+        return self.is_listed and other.is_listed and self.storage._cdata == other.storage._cdata
+
+    def same_step(self, other: _Mark) -> bool:
+        if self.same_list(other):
+            return self.offset == other.offset
+        if self.value is not None or other.value is not None:
+            return self.value == other.value
+        return self.storage._cdata == other.storage._cdata and self.offset == other.offset
+
+
+class Timeline:
+    """The generations of one module; each thread has its own."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._all: dict[int, _Track] = {}
+        _TIMELINES.add(self)
+
+    def at(self, timestep: torch.Tensor | None) -> Generation:
+        """The generation that a call at ``timestep`` belongs to, its ``step`` set to that of the call."""
+        track = getattr(self._local, "track", None)
+        if track is None:
+            track = self._local.track = self._all[threading.get_ident()] = _Track()
+        return track.at(timestep)
+
+    def end(self, declared: Declared | None = None) -> None:
+        """Forget generations, and with them what was kept: all of them, or the one that was ``declared``."""
+        for track in list(self._all.values()):
+            track.end(declared)
+
+    def kept_bytes(self) -> int:
+        """Bytes that the generations under way keep for later steps."""
+        under_way = [track.generation for track in list(self._all.values()) if track.generation is not None]
+        branches = [branch for one in under_way for known in list(one.branches.values()) for branch in known]
+        return sum(branch.state.nbytes for branch in branches if branch.state is not None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Timeline:
+        """A copied module has generations of its own."""
+        return Timeline()
+
+
+class _Track:
+    """The timesteps that one thread has called at."""
+
+    def __init__(self) -> None:
+        self.generation: Generation | None = None
+        self.declared: Declared | None = None
+        self.last: _Mark | None = None
+        self.direction = 0.0
+
+    def at(self, timestep: torch.Tensor | None) -> Generation:
+        declared = _DECLARED.get()
+        mark = None if timestep is None else _Mark.of(timestep)
+        if self.generation is None or declared is not self.declared or self._turns(mark):
+            return self._begin(declared, mark)
+        if mark is None or self.last is None or not mark.same_step(self.last):
+            self.generation.step += 1
+            self._aim(mark)
+            self.last = mark
+        return self.generation
+
+    def end(self, declared: Declared | None) -> None:
+        if declared is None or declared is self.declared:
+            self.generation, self.declared, self.last = None, None, None
+
+    def _begin(self, declared: Declared | None, mark: _Mark | None) -> Generation:
+        listed = None
+        if mark is not None and mark.is_listed:
+            listed = mark.length - mark.offset
+        count = declared.steps if declared is not None and declared.steps is not None else listed
+        self.generation = Generation(count)
+        self.declared, self.last, self.direction = declared, mark, 0.0
+        return self.generation
+
+    def _turns(self, mark: _Mark | None) -> bool:
+        """Whether this timestep cannot follow the last one in one generation; what was declared stays one."""
+        if mark is None or self.last is None or self.declared is not None:
+            return False
+        if mark.same_list(self.last):
+            return mark.offset < self.last.offset
+        if mark.is_listed or self.last.is_listed:
+            return True
+        if mark.value is None or self.last.value is None:
+            return False
+        return (mark.value - self.last.value) * self.direction < 0
+
+    def _aim(self, mark: _Mark | None) -> None:
+        """Timesteps rise or fall all along; the first difference tells which."""
+        if not self.direction and mark is not None and self.last is not None:
+            if mark.value is not None and self.last.value is not None:
+                self.direction = mark.value - self.last.value
+
+
+_TIMELINES: weakref.WeakSet[Timeline] = weakref.WeakSet()
