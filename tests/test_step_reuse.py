@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import nn
@@ -16,13 +18,13 @@ import fmecompile
 from fmecompile.analysis.cuts import Cuts
 from fmecompile.backends.reusing import ReusingCompiler
 from fmecompile.capture.export import capture
-from fmecompile.graph.program import Kept
+from fmecompile.graph.program import Kept, compute_nodes
 from fmecompile.passes.step_reuse import Cut, StepReuse
 from fmecompile.pipeline import Compilation, compile_module, finish, lower, normalise
 from fmecompile.reuse import REUSE
 from fmecompile.runtime.dispatch import find
 from fmecompile.runtime.executable import Executable
-from tests.models import animatediff_call, small_animatediff, small_svd, svd_call
+from tests.models import CONTEXT, animatediff_call, seeded, small_animatediff, small_svd, svd_call
 
 Inputs = Callable[..., Any]
 MODELS = [pytest.param(small_svd, svd_call, id="svd"), pytest.param(small_animatediff, animatediff_call, id="animatediff")]
@@ -101,8 +103,8 @@ def test_a_residual_lets_the_source_of_this_step_in() -> None:
     x, other = torch.rand(4, 6, dtype=torch.float64), torch.rand(4, 6, dtype=torch.float64)
     model = Residual()
     compilation = normalised(model, (x,))
-    names = {str(node.target): node.name for node in compilation.program.graph.nodes if node.op == "call_function"}
-    cuts = (Cut("cut", names["aten.add.Tensor"], "cut", names["aten.mul.Tensor"]),)
+    double, *_, total, _ = compute_nodes(compilation.program.graph)
+    cuts = (Cut("cut", total.name, "cut", double.name),)
     _, kept = variant(compilation, model, StepReuse(cuts)).run([x])
     again, _ = variant(compilation, model, StepReuse(cuts, REUSE)).run([other], {("cut", 0): kept["cut"]})
     assert torch.allclose(kept["cut"], ((2 * x) ** 2).sin())
@@ -125,19 +127,38 @@ def test_a_forecast_is_one_graph_for_every_distance() -> None:
 # ------------------------------------------------------------------------------------------------- the values on offer
 
 
-def test_temporal_modules_are_found_by_what_they_do() -> None:
-    for build, call, words in [
-        (small_svd, svd_call, ("temporal_res_block", "temporal_transformer_blocks.0")),
-        (small_animatediff, animatediff_call, ("motion_modules",)),
-    ]:
-        model = build()
-        found = Cuts(normalised(model, call(1, 3, 8, 8, torch.float32)).program).mixing.temporal
-        named = {path for path, _ in model.named_modules() if any(_ends(path, word) for word in words)}
-        assert set(found) == named
+def small_unet3d() -> nn.Module:
+    """A model whose temporal layers have other names and places."""
+    model = diffusers.UNet3DConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=CONTEXT,
+        attention_head_dim=8,
+        norm_num_groups=8,
+        layers_per_block=1,
+    )
+    return seeded(model)
 
 
-def _ends(path: str, word: str) -> bool:
-    return path.endswith("." + word) or path.rpartition(".")[0].endswith("." + word)
+def unet3d_call(batch: int, frames: int, height: int, width: int, dtype: torch.dtype) -> Any:
+    states = torch.randn(batch, 7, CONTEXT, dtype=dtype)
+    return torch.randn(batch, 4, frames, height, width, dtype=dtype), torch.tensor(5.0, dtype=dtype), states
+
+
+@pytest.mark.parametrize(
+    ("build", "call", "pattern"),
+    [
+        pytest.param(small_svd, svd_call, r"(.*\.)?(temporal_res_block|temporal_transformer_blocks\.\d+)", id="svd"),
+        pytest.param(small_animatediff, animatediff_call, r".*\.motion_modules\.\d+", id="animatediff"),
+        pytest.param(small_unet3d, unet3d_call, r"transformer_in|.*\.(temp_convs|temp_attentions)\.\d+", id="unet3d"),
+    ],
+)
+def test_temporal_modules_are_found_by_what_they_do(build: Callable[[], nn.Module], call: Inputs, pattern: str) -> None:
+    model = build()
+    found = Cuts(normalised(model, call(1, 3, 8, 8, torch.float32)).program).mixing.temporal
+    assert found
+    assert set(found) == {path for path, _ in model.named_modules() if re.fullmatch(pattern, path)}
 
 
 def test_cuts_that_match_nothing_are_refused_with_near_names() -> None:
@@ -157,7 +178,8 @@ def sampled(model: nn.Module, inputs: Any, steps: int, *, dtype: torch.dtype = t
     sample, _, *rest = inputs
     for t in torch.linspace(900, 20, steps, dtype=dtype):
         out = model(sample, t, *rest)
-        sample = sample - 0.1 * (out[0] if isinstance(out, tuple) else out.sample)
+        noise = (out[0] if isinstance(out, tuple) else out.sample).repeat(1, 1, 2, 1, 1)
+        sample = sample - 0.1 * noise  # of the latents and of the image beside them
     return sample
 
 
