@@ -237,7 +237,9 @@ def finish(compilation: Compilation) -> Compiled:
         root.add_module(name, loop)
     graph_module = fx.GraphModule(root, program.graph, class_name="Rewritten")
     slots = tuple(_slot(binding, program) for binding in program.bindings)
-    return Compiled(graph_module, slots, program.constants, tuple(program.literals.values()), program.out_spec, program.keeps)
+    return Compiled(
+        graph_module, slots, program.constants, tuple(program.literals.values()), program.out_spec, program.keeps
+    )
 
 
 def pass_name(item: object) -> str:

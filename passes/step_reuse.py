@@ -41,9 +41,9 @@ class Cut:
 
 @dataclass(frozen=True)
 class StepReuse:
-    """Turn a program into the variant that takes the components ``reused`` from an earlier step, and keeps those cuts of
-    the others that it still computes. ``order`` is that of the forecast, 0 for the value itself; ``store`` the dtype that
-    values are kept in, None for their own."""
+    """Turn a program into the variant that takes the components ``reused`` from an earlier step, and keeps those cuts
+    of the others that it still computes. ``order`` is that of the forecast, 0 for the value itself; ``store`` the dtype
+    that values are kept in, None for their own."""
 
     cuts: Sequence[Cut]
     reused: frozenset[str] = frozenset()
@@ -139,7 +139,11 @@ def _shares(value: fx.Node, program: Program, facts: FactTable) -> bool:
     root = held.roots[value]
     returned = any(isinstance(v, fx.Node) and held.roots.get(v, v) is root for v in program.outputs)
     spec = tensor_spec(value)
-    return root not in held.position or returned or held.nbytes[held.position[root]] > rounded_bytes(spec.numel * spec.dtype.itemsize)
+    return (
+        root not in held.position
+        or returned
+        or held.nbytes[held.position[root]] > rounded_bytes(spec.numel * spec.dtype.itemsize)
+    )
 
 
 def _slug(name: str, order: int) -> str:

@@ -73,7 +73,9 @@ def copied(program: Program) -> Program:
     """The same program anew: a rewrite consumes one. Equal graphs get equal atoms."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, {}))
-    return Program(graph, list(program.bindings), program.out_spec, dict(program.literals), program.constants, program.keeps)
+    return Program(
+        graph, list(program.bindings), program.out_spec, dict(program.literals), program.constants, program.keeps
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- loops

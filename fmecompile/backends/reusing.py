@@ -174,7 +174,9 @@ def _source(program: Program, value: CutValue) -> str:
     node = next(n for n in nodes if n.name == value.value)
     inside = {n for n in nodes if value.module in called_in(n)}
     entering = [n for n in nodes if n not in inside and inside & set(n.users) and node_spec(n) is not None]
-    alike = [n for n in entering if isinstance(node_spec(n), TensorSpec) and node_spec(n).shape == node_spec(node).shape]
+    alike = [
+        n for n in entering if isinstance(node_spec(n), TensorSpec) and node_spec(n).shape == node_spec(node).shape
+    ]
     if not alike:
         raise OptionError(
             f"{value.module} returns another shape than it takes, so it has no residual",

@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_leaves
 
 from fmecompile.errors import BudgetInfeasible, CaptureError, FmeError, GradientError
 from fmecompile.runtime.exclusion import EXCLUSION, traced_here_only
-from fmecompile.runtime.executable import Executable
 from fmecompile.runtime.fingerprint import Fingerprint
 from fmecompile.runtime.hooks import HOOK_PLACES, hook_inside, innermost, places
 from fmecompile.runtime.signature import Call, fake_mode_of, flatten_call
@@ -30,7 +29,10 @@ from fmecompile.runtime.signature import Call, fake_mode_of, flatten_call
 MAX_PROGRAMS = 8
 """Programs kept for one module; the least recently used goes first. As many refusals are remembered."""
 
-Compiler = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], tuple[Executable, Any]]
+Program = Callable[[list[Any]], Any]
+"""Runs on the flattened arguments of a call."""
+
+Compiler = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], tuple[Program, Any]]
 """``compiler(module, forward, args, kwargs)`` compiles one call of ``forward``, the plain method of ``module``."""
 
 _COMPILED_ONLY: ContextVar[bool] = ContextVar("compiled_only", default=False)
@@ -91,7 +93,7 @@ class Dispatcher:
         self._situation = situation
         self._scalars = _scalar_places(eager, scalars)
         self._was_absent = "forward" not in vars(module)
-        self._programs: OrderedDict[Any, Executable] = OrderedDict()
+        self._programs: OrderedDict[Any, Program] = OrderedDict()
         self._fingerprint: Fingerprint | None = None
         self._lock = threading.RLock()
         self._warned: set[str] = set()
@@ -117,7 +119,7 @@ class Dispatcher:
         with EXCLUSION.run(), torch.no_grad():
             return program(call.leaves)
 
-    def _program(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable | None:
+    def _program(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
         """The program for ``call``, compiled when it is not there; None when the module stays eager."""
         with self._lock:
             if self._is_current() and (call.key in self._programs or call.key in self.refused):
@@ -132,14 +134,14 @@ class Dispatcher:
     def _is_current(self) -> bool:
         return self._fingerprint is not None and self._fingerprint.holds()
 
-    def _known(self, call: Call) -> Executable | None:
+    def _known(self, call: Call) -> Program | None:
         program = self._programs.get(call.key)
         if program is not None:
             self._programs.move_to_end(call.key)
             self.records.move_to_end(call.key)
         return program
 
-    def _compile(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable | None:
+    def _compile(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
         try:
             self._refuse_hooks()
             program, record = self._compiler(self.module, self.eager, args, kwargs)

@@ -1,9 +1,9 @@
 """Which step of which generation a call belongs to, and on which branch: told without waiting for the device.
 
 A sampler calls the denoiser at a row of timesteps, with guidance perhaps twice at each. Calls at the same timestep
-belong to one **step**. A timestep that is a view of the sampler's list is told by its place in the list, which also has
-the number of steps; another one by its value, where that can be read without the device. A **generation** ends where the
-list is another one or is begun anew, where values turn back, or where ``generation(steps=...)`` says so.
+belong to one **step**. A timestep that is a view of the sampler's list is told by its place there, and the list tells
+the number of steps; another one is told by its value, where that can be read without the device. A **generation** ends
+where the list is another one or is begun anew, where values turn back, or where ``generation(steps=...)`` says so.
 
 Calls of one step are told apart by what they are called with: a **branch** is called with the same tensors at each
 step, or where none are the same, in the same order.
@@ -42,8 +42,8 @@ _DECLARED: ContextVar[Declared | None] = ContextVar("generation", default=None)
 def generation(steps: int | None = None) -> Iterator[None]:
     """Everything in here is one generation of ``steps`` calls of the denoiser (of each branch of guidance).
 
-    Needed only where a sampler hands the denoiser timesteps of which fmecompile cannot tell which come together. What was
-    kept for later steps is let go at the end.
+    Needed only where a sampler hands the denoiser timesteps of which fmecompile cannot tell which come together. What
+    was kept for later steps is let go at the end.
 
     Raises OptionError when ``steps`` is no positive whole number.
     """
@@ -113,7 +113,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class _Mark:
-    """A timestep as far as it can be told: its value, and where it is one of a list, its place and the list's length."""
+    """A timestep as far as it can be told: its value; of one in a list, its place and the list's length."""
 
     value: float | None
     storage: Any
@@ -127,7 +127,7 @@ class _Mark:
         readable = timestep.device.type == "cpu" and not isinstance(timestep, FakeTensor) and timestep.numel() > 0
         value = float(timestep.flatten()[0]) if readable else None
         length = storage.nbytes() // timestep.itemsize if is_single else 1
-        return cls(value, storage, timestep.storage_offset(), length)
+        return cls(value, storage, int(timestep.storage_offset()), length)
 
     @property
     def is_listed(self) -> bool:
@@ -222,9 +222,9 @@ class _Track:
 
     def _aim(self, mark: _Mark | None) -> None:
         """Timesteps rise or fall all along; the first difference tells which."""
-        if not self.direction and mark is not None and self.last is not None:
-            if mark.value is not None and self.last.value is not None:
-                self.direction = mark.value - self.last.value
+        now, before = (None if found is None else found.value for found in (mark, self.last))
+        if not self.direction and now is not None and before is not None:
+            self.direction = now - before
 
 
 _TIMELINES: weakref.WeakSet[Timeline] = weakref.WeakSet()

@@ -1,4 +1,4 @@
-"""One signature of a module under a policy: at each step the variant that the policy wants, on what earlier steps kept."""
+"""One signature of a module under a policy: at each step the variant the policy wants, on what earlier steps kept."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ for others."""
 
 @dataclass(eq=False)
 class Kept:
-    """What one branch knows of its earlier steps. ``values`` are D_0 .. D_order of each cut (D_0 alone without a forecast),
-    ``computed`` the steps that computed it."""
+    """What one branch knows of its earlier steps. ``values`` are D_0 .. D_order of each cut (D_0 alone without a
+    forecast), ``computed`` the steps that computed it."""
 
     steps: Steps
     plan: tuple[Decision, ...] | None = None
