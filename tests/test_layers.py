@@ -41,7 +41,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 }
 
 # The run-time half works without the compiler half.
-RUNTIME_MAY_IMPORT = ("runtime", "errors")
+RUNTIME_MAY_IMPORT = ("runtime", "reuse", "errors")
 
 # Module or package: why it may mutate fx nodes.
 MUTATORS: dict[str, str] = {
