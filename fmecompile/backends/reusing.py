@@ -72,6 +72,8 @@ class ReusingCompiler:
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Reusing, Record]:
+        if self.policy.calibration is not None:
+            self.policy.calibration.require_model(module)
         notes: list[tuple[str, str]] = []
         with self.eager.progress(type(module).__name__) as shown:
 
@@ -84,11 +86,11 @@ class ReusingCompiler:
             normalise(compilation, observe)
             variants = _Variants(self, shell, Example.of(args, kwargs), compilation)
             variants.make(FULL, observe)
-        timestep = _place_of_timestep(forward, args, kwargs)
+        timestep = place_of_timestep(forward, args, kwargs)
         record = Record(
             variants.record.plans[FULL], variants.example, tuple(notes), variants.allowance, variants.record
         )
-        places = _conditioning(compilation.program, timestep)
+        places = conditioning(compilation.program, timestep)
         return Reusing(self.policy, variants, self.timeline, timestep, places, variants.components), record
 
     def situation(self) -> Hashable:
@@ -164,11 +166,11 @@ def _cuts(policy: Policy, chosen: Mapping[str, list[CutValue]], program: Program
     for component, values in chosen.items():
         for k, value in enumerate(values):
             name = component if len(values) == 1 else f"{component}:{k}"
-            source = _source(program, value) if policy.mode == "residual" else None
+            source = residual_source(program, value) if policy.mode == "residual" else None
             yield Cut(name, value.value, component, source)
 
 
-def _source(program: Program, value: CutValue) -> str:
+def residual_source(program: Program, value: CutValue) -> str:
     """What enters the module of ``value`` and has its shape, the latest of those."""
     nodes = compute_nodes(program.graph)
     node = next(n for n in nodes if n.name == value.value)
@@ -185,7 +187,7 @@ def _source(program: Program, value: CutValue) -> str:
     return alike[-1].name
 
 
-def _place_of_timestep(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+def place_of_timestep(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """The leaf of a call that tells the step."""
     bound = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
     told = next((bound[name] for name in bound if name in SCALAR_INPUTS), None)
@@ -195,7 +197,7 @@ def _place_of_timestep(forward: Callable[..., Any], args: tuple[Any, ...], kwarg
     return next(i for i, leaf in enumerate(leaves) if leaf is told)
 
 
-def _conditioning(program: Program, timestep: int | None) -> tuple[int, ...]:
+def conditioning(program: Program, timestep: int | None) -> tuple[int, ...]:
     """The leaves that a program reads, without clips and the timestep."""
     bound = zip(program.placeholders, program.bindings, strict=True)
     inputs = [(b.leaf, node_spec(node)) for node, b in bound if isinstance(b, Input)]
