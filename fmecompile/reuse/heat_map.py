@@ -18,7 +18,7 @@ FAINTEST = 0.04
 
 @dataclass(frozen=True)
 class Cell:
-    """One pair of steps: its place, how dark it is from 0 to 1, and what it says."""
+    """One pair of steps: its place, how much colour it has from 0 to 1, and what it says."""
 
     x: int
     y: int
@@ -29,14 +29,8 @@ class Cell:
 def page_of(calibration: Calibration) -> str:
     """The page as HTML, with nothing to load."""
     key = calibration.key
-    about = [
-        ("Model", key.model),
-        ("Configuration", key.config),
-        ("Sampler", key.sampler or "not known"),
-        ("Steps", str(key.steps)),
-        ("Clip", " × ".join(map(str, key.shape))),
-        ("Type", key.dtype),
-    ]
+    clip = " × ".join(map(str, key.shape))
+    about = f"{key.model} ({key.config}), {key.sampler or 'sampler not known'}, {key.steps} steps, {clip}, {key.dtype}"
     exhibits = [
         (name, _facts(record), heat_map(f"Similarity of {name} between steps", record.trace.similarity), _steps(record))
         for name, record in zip(calibration.cuts, calibration.records, strict=True)
@@ -69,7 +63,7 @@ def _at(row: Row, place: int) -> str:
 
 
 def heat_map(title: str, matrix: Matrix) -> Markup:
-    """A square of cells, one a pair of steps, dark where they are alike; the scale runs from the least value to 1.
+    """A square of cells, one a pair of steps, in full colour where they are alike; the scale runs from the least value to 1.
 
     ``title`` says what is drawn to those who cannot see it.
     """
