@@ -63,7 +63,7 @@ def _at(row: Row, place: int) -> str:
 
 
 def heat_map(title: str, matrix: Matrix) -> Markup:
-    """A square of cells, one a pair of steps, in full colour where they are alike; the scale runs from the least value to 1.
+    """A square of cells, one a pair of steps, in full colour where they are alike. The scale ends at the least value.
 
     ``title`` says what is drawn to those who cannot see it.
     """
