@@ -70,7 +70,7 @@ def walked(toy: nn.Module, steps: int = 4, seed: int = 0, states: tuple[torch.Te
     sample = torch.randn(1, 4, 4, 32, 32, dtype=torch.float64, generator=generator)
     for t in torch.linspace(900, 20, steps):
         for state in states:
-            sample = sample - toy(sample, t, state).mul_(0.1)  # some samplers work in place
+            sample = sample - 0.1 * toy(sample, t, state)
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +231,18 @@ def test_branches_of_guidance_have_traces_of_their_own(toy: nn.Module) -> None:
     assert output.branches[0] != output.branches[1]
     for branch in range(2):
         assert_alike(output.branches[branch], figures(outputs[branch::2]))
+
+
+def test_a_sampler_may_change_outputs_in_place(toy: nn.Module) -> None:
+    outputs: list[torch.Tensor] = []
+
+    def run() -> None:
+        for t in torch.linspace(900, 20, 4):
+            output = toy(torch.ones(1, 4, 4, 32, 32, dtype=torch.float64), t, STATES)
+            outputs.append(output.clone())
+            output.mul_(t)
+
+    assert_alike(fmecompile.calibrate(toy, run, cuts=["inner"]).record("output").trace, figures(outputs))
 
 
 def test_of_several_prompts_the_mean_is_taken(toy: nn.Module) -> None:
