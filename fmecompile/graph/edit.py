@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import fx
+from torch.utils._pytree import tree_structure
 
 from fmecompile.analysis.facts import FactTable
 from fmecompile.graph.program import Binding, Program, compute_nodes
@@ -110,6 +111,13 @@ def return_also(program: Program, name: str, value: fx.Node) -> None:
     """Let the program also return ``value``, kept under ``name``."""
     program.output.args = ((*program.outputs, value),)
     program.keeps = (*program.keeps, name)
+
+
+def return_only(program: Program, values: dict[str, fx.Node]) -> None:
+    """Let the program return nothing but ``values``, kept under their names."""
+    program.output.args = (tuple(values.values()),)
+    program.keeps = tuple(values)
+    program.out_spec = tree_structure(())
 
 
 def replace_by(node: fx.Node, value: fx.Node) -> None:
