@@ -51,6 +51,10 @@ class Executable:
         """The names of what a run keeps for later steps."""
         return self._compiled.keeps
 
+    def weights(self) -> list[torch.Tensor]:
+        """The weights that it reads, as they are now."""
+        return [table[key] for kind, table, key in self._sources if kind == "weight"]
+
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run on the flattened arguments of a call; the result has the structure the module returned at capture."""
         return self.run(leaves)[0]
