@@ -35,13 +35,11 @@ from fmecompile.passes.prologue import Prologue
 from fmecompile.passes.recompute import Recompute
 from fmecompile.passes.relax_views import RelaxViews
 from fmecompile.passes.sink_producers import SinkProducers
-from fmecompile.passes.spill import Cut as SpillCut
-from fmecompile.passes.spill import Spill
-from fmecompile.passes.step_reuse import Cut as StepCut
-from fmecompile.passes.step_reuse import StepReuse
+from fmecompile.passes.spill import Spill, Wait
+from fmecompile.passes.step_reuse import Cut, StepReuse
 from fmecompile.passes.two_pass_norm import TwoPassNorm
 from fmecompile.pipeline import PASSES, Compilation, finish, pass_name
-from fmecompile.runtime.chunk_loop import ChunkLoop, Cut, LoopSpec, Narrow
+from fmecompile.runtime.chunk_loop import ChunkLoop, LoopSpec, Narrow, Slicing
 from fmecompile.runtime.executable import Executable
 
 aten = torch.ops.aten
@@ -85,11 +83,11 @@ def text_of(graph: fx.Graph, indent: str = "  ") -> str:
     return "".join(f"{indent}{line_of(node)}\n" for node in graph.nodes)
 
 
-def cut_text(cut: Cut | None) -> str:
-    if cut is None:
+def slicing_text(slicing: Slicing | None) -> str:
+    if slicing is None:
         return "whole"
-    spans = ", ".join(map(narrow_text, cut.narrows))
-    return spans + (f", viewed as {list(cut.shape)}" if cut.shape else "")
+    spans = ", ".join(map(narrow_text, slicing.narrows))
+    return spans + (f", viewed as {list(slicing.shape)}" if slicing.shape else "")
 
 
 def narrow_text(n: Narrow) -> str:
@@ -100,11 +98,11 @@ def narrow_text(n: Narrow) -> str:
 
 def spec_text(spec: LoopSpec) -> str:
     lines = [f"  axes {', '.join(f'{axis.size} by {axis.chunk}' for axis in spec.axes)}\n"]
-    lines += [f"  operand {k}: {cut_text(cut)}\n" for k, cut in enumerate(spec.cuts)]
+    lines += [f"  operand {k}: {slicing_text(slicing)}\n" for k, slicing in enumerate(spec.slicings)]
     for k, output in enumerate(spec.outputs):
         into = "a new tensor" if output.takes is None else f"operand {output.takes}"
         into = "host memory" if output.host_of is not None else into
-        lines.append(f"  output {k}: {cut_text(output.cut)}; {list(output.shape)} into {into}\n")
+        lines.append(f"  output {k}: {slicing_text(output.slicing)}; {list(output.shape)} into {into}\n")
     return "".join(lines)
 
 
@@ -332,7 +330,7 @@ def conditioned(x: torch.Tensor, c: torch.Tensor, w: torch.Tensor) -> torch.Tens
 
 
 SQUARES = (noise(6, 6, seed=5), noise(6, 6, seed=6))
-MIDDLE = (StepCut("middle", "exp", "middle"),)
+MIDDLE = (Cut("middle", "exp", "middle"),)
 CASES += [
     Golden(OneKey(), "one_row", attended, (noise(4, 6), noise(1, 6, seed=1)), SQUARES),
     Golden(OneKey(), "two_rows", attended, (noise(4, 6), noise(2, 6, seed=1)), SQUARES, idle=True),
@@ -349,7 +347,7 @@ CASES += [
     ),
     Golden(StepReuse(MIDDLE), "full", skipped),
     Golden(StepReuse(MIDDLE, frozenset({"middle"})), "shallow", skipped),
-    Golden(StepReuse((StepCut("middle", "tanh", "middle", "silu"),), frozenset({"middle"})), "residual", skipped),
+    Golden(StepReuse((Cut("middle", "tanh", "middle", "silu"),), frozenset({"middle"})), "residual", skipped),
     Golden(StepReuse(MIDDLE, frozenset({"middle"}), order=2), "forecast", skipped),
 ]
 
@@ -500,7 +498,7 @@ class LoopCase:
     last: str
     axes: tuple[tuple[int, int], ...]
     chunk: int
-    spilled: tuple[SpillCut, ...] = ()
+    spilled: tuple[Wait, ...] = ()
 
 
 MLP = ((noise(5, 6),), (noise(6, seed=1), noise(9, 6, seed=2), noise(6, 9, seed=3)))

@@ -66,6 +66,7 @@ class Branch:
     anchors: tuple[tuple[weakref.ref[torch.Tensor], int], ...]
     step: int = -1
     state: Any = None
+    made: Any = None
 
     def matches(self, leaves: Sequence[torch.Tensor]) -> int:
         """How many of ``leaves`` are the tensors this branch was called with before, unchanged."""
