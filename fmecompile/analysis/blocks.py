@@ -9,7 +9,7 @@ of module lists; what is called in between (the middle of a UNet) belongs to it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -87,22 +87,21 @@ def is_large(node: fx.Node) -> bool:
 
 def behind(sources: Iterable[fx.Node]) -> set[fx.Node]:
     """All values that are made of ``sources``."""
-    return _reached(sources, lambda node: node.users)
+    return _reached(sources, lambda node: [user for user in node.users if user.op != "output"])
 
 
-def before(values: Iterable[fx.Node]) -> set[fx.Node]:
-    """All values that ``values`` are made of."""
-    return _reached(values, lambda node: node.all_input_nodes)
+def before(values: Iterable[fx.Node], inside: Container[fx.Node] | None = None) -> set[fx.Node]:
+    """All values that ``values`` are made of; of ``inside`` only, if given."""
+    return _reached(values, lambda node: [n for n in node.all_input_nodes if inside is None or n in inside])
 
 
 def _reached(start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     waiting = list(start)
     while waiting:
-        for node in step(waiting.pop()):
-            if node not in found and node.op != "output":
-                found.add(node)
-                waiting.append(node)
+        new = [node for node in step(waiting.pop()) if node not in found]
+        found.update(new)
+        waiting += new
     return found
 
 

@@ -201,21 +201,24 @@ class Cuts:
 
     def block_residuals(self) -> list[CutValue]:
         """What is added to the hidden state, before it is added, of every sum in a block."""
-        paths = {block.path for block in self.stack(1)}
         found = []
-        for node in self.nodes:
-            inside = next((path for path in called_in(node) if path in paths), None)
-            if inside is not None and node.target is aten.add.Tensor and node in self.moving:
-                found += [self.cut_value(part, inside) for part in self._part(node)]
+        for block in self.stack(1):
+            inside = {node for node in self.nodes if block.path in called_in(node)}
+            for node in self.nodes:
+                if node in inside and node.target is aten.add.Tensor and node in self.moving:
+                    found += [self.cut_value(part, block.path) for part in self._part(node, inside)]
         return found
 
-    def _part(self, total: fx.Node) -> list[fx.Node]:
-        """Of a sum of a state and what was made of it, the latter; none where both are states, as in a blend."""
+    def _part(self, total: fx.Node, inside: set[fx.Node]) -> list[fx.Node]:
+        """Of a sum of a state and what was made of it in a block, the latter; none where both are states, as in a
+        blend. A state that takes a shortcut is the one with less work behind it."""
         operands = [n for n in total.all_input_nodes if n in self.moving]
         if len(operands) != 2 or tensor_spec(operands[0]).shape != tensor_spec(operands[1]).shape:
             return []
-        part = max(operands, key=lambda node: self._saved[node])
-        return [part] if self._saved[part] and _is_made(part, self.moving) else []
+        one, other = ({n, *before([n], inside)} & inside for n in operands)
+        work = [sum(map(all_products, own)) for own in (one - other, other - one)]
+        part = operands[0] if work[0] > work[1] else operands[1]
+        return [part] if part in inside and _is_made(part, self.moving) else []
 
     def offered(self) -> list[CutValue]:
         """Results of modules whose cut saves work and leaves the clip a way to the output; the most saved first."""
