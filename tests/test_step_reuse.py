@@ -184,8 +184,9 @@ def sampled(model: nn.Module, inputs: Any, steps: int, *, dtype: torch.dtype = t
     sample, _, *rest = inputs
     for t in torch.linspace(900, 20, steps, dtype=dtype):
         out = model(sample, t, *rest)
-        noise = (out[0] if isinstance(out, tuple) else out.sample).repeat(1, 1, 2, 1, 1)
-        sample = sample - 0.1 * noise  # of the latents and of the image beside them
+        noise = out[0] if isinstance(out, tuple) else out.sample
+        times = [wanted // there for wanted, there in zip(sample.shape, noise.shape, strict=True)]
+        sample = sample - 0.1 * noise.repeat(times)  # of the latents and of an image beside them
     return sample
 
 

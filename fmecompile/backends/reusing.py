@@ -55,7 +55,7 @@ class ReuseRecord:
         return sum(v.nbytes * (self.order + 1) for v in self.values) + sum(v.nbytes for v in self.watched)
 
     def __str__(self) -> str:
-        lines = [self.policy]
+        lines = [f"{self.policy}; {len(self.plans)} programs so far"]
         for value in self.values[:4]:
             lines.append(f"  {value.module}: {value.nbytes / 2**20:.1f} MiB kept, {value.saved:.1%} of the work saved")
         lines += [f"  and {len(self.values) - 4} more"] if len(self.values) > 4 else []

@@ -92,7 +92,7 @@ class Kept:
         """Tell a run that looks back what the full step that was decided last has shown."""
         assert isinstance(self.run, FeedbackRun)
         last = self.taken[-1]
-        if last.change is None and last.motion is None:
+        if last.decision == FULL and last.change is None and last.motion is None:
             self.run.observe(len(self.taken) - 1, change, moved)
             self.taken[-1] = Taken(last.step, last.decision, change, moved)
 
@@ -199,12 +199,15 @@ class Reusing:
         kept.observe(*told)
 
     def _let_go(self, kept: Kept, step: int) -> None:
-        """What no later step reads. Only a static policy tells."""
-        if kept.plan is None:
-            return
-        for names in self._unread(kept.plan[step + 1 :]):
-            for name in names:
-                kept.values.pop(name, None)
+        """What no later step reads: all of it at the end, and what a static policy tells before."""
+        count = kept.steps.count
+        if count is not None and step >= count - 1:
+            kept.values.clear()
+            kept.measured = ()
+        elif kept.plan is not None:
+            for names in self._unread(kept.plan[step + 1 :]):
+                for name in names:
+                    kept.values.pop(name, None)
 
     def _unread(self, later: Sequence[Decision]) -> list[tuple[str, ...]]:
         return [names for component, names in self._components.items() if not self._is_read(component, names, later)]
