@@ -72,7 +72,7 @@ def test_a_stack_is_a_residual_that_this_steps_input_enters(denoiser: tuple[nn.M
         (value,) = cuts.named(name, "residual")
         assert value.source is not None and value.saved > least
         assert set(cuts.clips) & cuts.alive({value.value: value.source})
-    assert cuts.named("block_stack:3:2")[0].source is None  # skip connections let the clip in
+    assert cuts.named("block_stack:3:3")[0].source is None  # skip connections let the clip in
 
 
 def test_block_residuals_leave_little_to_compute(denoiser: tuple[nn.Module, Any, Compilation]) -> None:
@@ -206,8 +206,8 @@ POLICIES = {
     "first-block": reuse.FirstBlockCache(threshold=0.1),
     "db": reuse.DBCache(head_blocks=3, tail_blocks=2, warm_up_steps=1, threshold=0.1, token_threshold=0.01),
     "tea": reuse.TeaCache(threshold=0.2),
-    "tea-forecast": reuse.TeaCache(threshold=0.05, indicator="time_embedding", cut="auto", mode="forecast"),
-    "ada": reuse.AdaCache(codebook=((0.02, 2), (1.0, 1))),
+    "tea-forecast": reuse.TeaCache(threshold=1.5, indicator="time_embedding", cut="auto", mode="forecast"),
+    "ada": reuse.AdaCache(codebook=((0.3, 2), (1.0, 1))),
     "ada-moreg": reuse.AdaCache(codebook=((0.5, 3), (1.0, 2)), moreg=True),
     "mag": reuse.MagCache(ratios=(1.0,) * STEPS),
     "taylor": reuse.TaylorSeer(interval=2, before=2),
