@@ -260,7 +260,7 @@ def _slot(binding: object, program: Program) -> Slot:
     if isinstance(binding, Kept):
         return ("kept", (binding.name, binding.order))
     if isinstance(binding, Coefficient):
-        return ("coefficient", binding.order - 1)
+        return ("coefficient", (binding.component, binding.order))
     assert isinstance(binding, Literal)
     return ("literal", list(program.literals).index(binding.name))
 

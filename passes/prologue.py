@@ -93,7 +93,9 @@ def _prologue(program: Program, names: list[str]) -> Program:
     """The program that makes the values of these names and returns nothing else."""
     made = program.copy()
     nodes = {node.name: node for node in made.graph.nodes}
-    edit.return_only(made, {f"{NAME}:{k}": nodes[name] for k, name in enumerate(names)})
+    edit.return_nothing(made)
+    for k, name in enumerate(names):
+        edit.return_also(made, f"{NAME}:{k}", nodes[name])
     edit.drop_unused(made)
     return made
 

@@ -124,7 +124,8 @@ def test_a_forecast_is_one_graph_for_every_distance() -> None:
     shallow = variant(compilation, model, StepReuse((Cut("cut", linear, "cut"),), REUSE, order=2))
     kept = {("cut", k): torch.rand(4, 6, dtype=torch.float64) for k in range(3)}
     for weights in [(0.5, 0.25), (3.0, 9.0)]:
-        got, _ = shallow.run([x], kept, [torch.tensor(w, dtype=torch.float64) for w in weights])
+        coefficients = {("cut", k): torch.tensor(w, dtype=torch.float64) for k, w in enumerate(weights, 1)}
+        got, _ = shallow.run([x], kept, coefficients)
         value = kept["cut", 0] + weights[0] * kept["cut", 1] + weights[1] * kept["cut", 2]
         assert torch.allclose(got, value.tanh(), rtol=1e-14)
 
@@ -183,8 +184,9 @@ def sampled(model: nn.Module, inputs: Any, steps: int, *, dtype: torch.dtype = t
     sample, _, *rest = inputs
     for t in torch.linspace(900, 20, steps, dtype=dtype):
         out = model(sample, t, *rest)
-        noise = (out[0] if isinstance(out, tuple) else out.sample).repeat(1, 1, 2, 1, 1)
-        sample = sample - 0.1 * noise  # of the latents and of the image beside them
+        noise = out[0] if isinstance(out, tuple) else out.sample
+        times = [wanted // there for wanted, there in zip(sample.shape, noise.shape, strict=True)]
+        sample = sample - 0.1 * noise.repeat(times)  # of the latents and of an image beside them
     return sample
 
 

@@ -113,11 +113,10 @@ def return_also(program: Program, name: str, value: fx.Node) -> None:
     program.keeps = (*program.keeps, name)
 
 
-def return_only(program: Program, values: dict[str, fx.Node]) -> None:
-    """Let the program return nothing but ``values``, kept under their names."""
-    program.output.args = (tuple(values.values()),)
-    program.keeps = tuple(values)
-    program.out_spec = tree_structure(())
+def return_nothing(program: Program) -> None:
+    """Let the program return an empty tuple, and keep nothing."""
+    program.output.args = ((),)
+    program.out_spec, program.keeps = tree_structure(()), ()
 
 
 def replace_by(node: fx.Node, value: fx.Node) -> None:

@@ -48,9 +48,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Coefficient:
-    """A 0-d float64 tensor: what the ``order``-th divided difference is multiplied with at a step."""
+    """A 0-d float64 tensor: what the ``order``-th divided differences of a component are multiplied with at a step."""
 
     order: int
+    component: str = "cut"
 
 
 Binding = Weight | Input | Literal | Constant | Kept | Coefficient
