@@ -124,9 +124,8 @@ class Cuts:
         for node in self.nodes:
             operands = node.args[0] if node.target is aten.cat.default else ()
             if isinstance(operands, (list, tuple)) and len(operands) == 2:
-                early, late = sorted((n for n in operands if isinstance(n, fx.Node)), key=self.place.__getitem__)
-                if early in _ancestors(late):
-                    found.append((early, late))
+                pairs = (operands, operands[::-1])
+                found += [(early, late) for early, late in pairs if _ancestors(late) & set(_waiting(early))]
         return found
 
     def results_of(self, pattern: str) -> list[CutValue]:
@@ -194,6 +193,13 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
                 found.add(operand)
                 waiting.append(operand)
     return found
+
+
+def _waiting(node: fx.Node) -> Iterator[fx.Node]:
+    """What may wait as a skip connection: ``node``, and what an input was added to for it, as a ControlNet's is."""
+    yield node
+    if node.target is aten.add.Tensor and any(operand.op == "placeholder" for operand in node.all_input_nodes):
+        yield from (operand for operand in node.all_input_nodes if operand.op != "placeholder")
 
 
 def _is_large(node: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from fmecompile.analysis.cuts import Cuts, CutValue
 from fmecompile.analysis.mixing import called_in
 from fmecompile.backends.budgeted import within_budget
 from fmecompile.backends.eager import EagerCompiler
+from fmecompile.budget import Allowance
 from fmecompile.capture.example import Example
 from fmecompile.capture.export import capture
 from fmecompile.capture.families import SCALAR_INPUTS
@@ -44,6 +45,7 @@ class ReuseRecord:
     values: tuple[CutValue, ...]
     plans: dict[Decision, Plan]
     notes: dict[Decision, str]
+    allowances: dict[Decision, Allowance] = field(default_factory=dict)
 
     @property
     def kept_bytes(self) -> int:
@@ -58,6 +60,7 @@ class ReuseRecord:
         for decision, plan in self.plans.items():
             kind = "full step" if decision == FULL else f"step that reuses {', '.join(sorted(decision))}"
             lines.append(f"  {kind}: {plan.projected_peak_bytes / 2**20:.1f} MiB projected; {self.notes[decision]}")
+            lines += [f"    {self.allowances[decision]}"] if decision in self.allowances else []
         return "\n".join(lines)
 
 
@@ -116,13 +119,11 @@ class _Variants:
         self.allowance: Any = None
 
     def __call__(self, decision: Decision, elsewhere_bytes: int = 0) -> Executable:
-        """The program of a step that reuses ``decision``, while other branches keep ``elsewhere_bytes``."""
-        has_budget = self._compiler.eager.budget is not None
-        key = (decision, elsewhere_bytes if has_budget else 0)
+        """The program of a step that reuses ``decision``, while other branches keep ``elsewhere_bytes``, or more."""
+        least = elsewhere_bytes if self._compiler.eager.budget is not None else 0
         with self._lock:
-            if key not in self._made:
-                self._made[key] = self.make(decision, None, key[1])
-            return self._made[key]
+            fitting = (made for (kind, most), made in self._made.items() if kind == decision and most >= least)
+            return next(fitting, None) or self.make(decision, None, least)
 
     def make(self, decision: Decision, observe: Any = None, elsewhere_bytes: int = 0) -> Executable:
         program = self._compilation.program.copy()
@@ -130,13 +131,17 @@ class _Variants:
         note = reuse.apply(program, self._compilation.facts)
         compilation = replace(self._compilation, program=program, notes=[])
         compilation.done("step-reuse", note, observe)
-        kept = sum(v.nbytes * (self._order + 1) for v in self.record.values) if decision else 0
+        # A full step lets go of a value before it computes it anew; the differences of a forecast need the old ones.
+        is_held = bool(decision) or self._order > 0
+        kept = sum(v.nbytes * (self._order + 1) for v in self.record.values) if is_held else 0
         make = partial(self._lower, compilation, observe)
         eager = self._compiler.eager
         compiled, plan, allowance = within_budget(
             self._shell, self._inputs(), eager.budget, eager.wishes, make, kept + elsewhere_bytes
         )
         self.allowance = self.allowance or allowance
+        if allowance is not None:
+            self.record.allowances[decision] = allowance
         self.record.plans[decision], self.record.notes[decision] = plan, note
         made = self._made[decision, elsewhere_bytes] = Executable(compiled, self._shell.module)
         return made

@@ -110,6 +110,16 @@ class Generation:
         found.step = self.step
         return found
 
+    def advance(self) -> None:
+        """The next step begins. A branch that was left out at this one keeps nothing any longer: it would be stale."""
+        for branch in self.every_branch():
+            if branch.step < self.step:
+                branch.state = None
+        self.step += 1
+
+    def every_branch(self) -> list[Branch]:
+        return [branch for known in list(self.branches.values()) for branch in known]
+
 
 @dataclass(frozen=True)
 class _Mark:
@@ -119,6 +129,7 @@ class _Mark:
     storage: Any
     offset: int
     length: int
+    is_listed: bool
 
     @classmethod
     def of(cls, timestep: torch.Tensor) -> _Mark:
@@ -127,11 +138,8 @@ class _Mark:
         readable = timestep.device.type == "cpu" and not isinstance(timestep, FakeTensor) and timestep.numel() > 0
         value = float(timestep.flatten()[0]) if readable else None
         length = storage.nbytes() // timestep.itemsize if is_single else 1
-        return cls(value, storage, int(timestep.storage_offset()), length)
-
-    @property
-    def is_listed(self) -> bool:
-        return self.length > 1
+        is_item = timestep.dim() == 0 and timestep._base is not None and timestep._base.dim() == 1  # of a list of one
+        return cls(value, storage, int(timestep.storage_offset()), length, length > 1 or is_item)
 
     def same_list(self, other: _Mark) -> bool:
         return self.is_listed and other.is_listed and self.storage._cdata == other.storage._cdata
@@ -149,26 +157,33 @@ class Timeline:
 
     def __init__(self) -> None:
         self._local = threading.local()
-        self._all: dict[int, _Track] = {}
+        self._all: weakref.WeakSet[_Track] = weakref.WeakSet()  # what a thread kept goes with the thread
+        self._lock = threading.Lock()
         _TIMELINES.add(self)
 
     def at(self, timestep: torch.Tensor | None) -> Generation:
         """The generation that a call at ``timestep`` belongs to, its ``step`` set to that of the call."""
         track = getattr(self._local, "track", None)
         if track is None:
-            track = self._local.track = self._all[threading.get_ident()] = _Track()
+            track = self._local.track = _Track()
+            with self._lock:
+                self._all.add(track)
         return track.at(timestep)
+
+    def _tracks(self) -> list[_Track]:
+        with self._lock:
+            return list(self._all)
 
     def end(self, declared: Declared | None = None) -> None:
         """Forget generations, and with them what was kept: all of them, or the one that was ``declared``."""
-        for track in list(self._all.values()):
+        for track in self._tracks():
             track.end(declared)
 
     def kept_bytes(self) -> int:
         """Bytes that the generations under way keep for later steps."""
-        under_way = [track.generation for track in list(self._all.values()) if track.generation is not None]
-        branches = [branch for one in under_way for known in list(one.branches.values()) for branch in known]
-        return sum(branch.state.nbytes for branch in branches if branch.state is not None)
+        under_way = [track.generation for track in self._tracks()]
+        states = [branch.state for one in under_way if one is not None for branch in one.every_branch()]
+        return sum(state.nbytes for state in states if state is not None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Timeline:
         """A copied module has generations of its own."""
@@ -190,7 +205,7 @@ class _Track:
         if self.generation is None or declared is not self.declared or self._turns(mark):
             return self._begin(declared, mark)
         if mark is None or self.last is None or not mark.same_step(self.last):
-            self.generation.step += 1
+            self.generation.advance()
             self._aim(mark)
             self.last = mark
         return self.generation

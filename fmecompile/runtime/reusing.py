@@ -70,6 +70,7 @@ class Reusing:
         branch = generation.branch(self, [leaves[i] for i in self._places])
         if branch.state is None:
             branch.state = self._begin(generation)
+            self._prepare(branch.state)
         try:
             return self._run(leaves, branch, branch.state)
         except BaseException:
@@ -81,6 +82,11 @@ class Reusing:
         policy = self._policy
         policy.check(steps)
         return Kept(steps, policy.plan(steps) if isinstance(policy, StaticPolicy) else None)
+
+    def _prepare(self, kept: Kept) -> None:
+        """Compile before step 0 what the plan asks for, so that a budget that is too small ends no run half way."""
+        for decision in dict.fromkeys(kept.plan or ()):
+            self._variants(decision, self._timeline.kept_bytes())
 
     def _run(self, leaves: Sequence[Any], branch: Branch, kept: Kept) -> Any:
         step = branch.step
