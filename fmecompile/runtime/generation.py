@@ -2,7 +2,8 @@
 
 A sampler calls the denoiser at a row of timesteps, with guidance perhaps twice at each. Calls at the same timestep
 belong to one **step**. A timestep that is a view of the sampler's list is told by its place there, and the list tells
-the number of steps; another one is told by its value, where that can be read without the device. A **generation** ends
+the number of steps; so is a copy of one, where the sampler is known. Another one is told by its value, where that can be
+read without the device. A **generation** ends
 where the list is another one or is begun anew, where values turn back, or where ``generation(steps=...)`` says so.
 
 Calls of one step are told apart by what they are called with: a **branch** is called with the same tensors at each
@@ -152,10 +153,38 @@ class _Mark:
         return self.storage._cdata == other.storage._cdata and self.offset == other.offset
 
 
-class Timeline:
-    """The generations of one module; each thread has its own."""
+def _sampler_mark(pipeline: Any, mark: _Mark) -> _Mark | None:
+    """The mark of the item of the sampler's list that ``mark`` is a copy of, as hooks make them that move inputs.
 
-    def __init__(self) -> None:
+    Told by its value where that can be read, else by how many steps the sampler has made.
+    """
+    sampler = getattr(pipeline, "scheduler", None)
+    listed, count = getattr(sampler, "timesteps", None), getattr(sampler, "num_inference_steps", None)
+    if count is None or not isinstance(listed, torch.Tensor) or listed.dim() != 1 or not listed.numel():
+        return None
+    made = getattr(sampler, "step_index", None)
+    if made is None:
+        made = getattr(sampler, "begin_index", None) or 0
+    if mark.value is not None and listed.device.type == "cpu":
+        values = listed.tolist()
+        place = made if made < len(values) and values[made] == mark.value else _index(values, mark.value)
+    else:
+        place = made if hasattr(sampler, "step_index") and made < listed.numel() else None
+    if place is None:
+        return None
+    return _Mark(mark.value, listed.untyped_storage(), listed.storage_offset() + place, listed.numel(), True)
+
+
+def _index(values: list[float], value: float) -> int | None:
+    return values.index(value) if value in values else None
+
+
+class Timeline:
+    """The generations of one module; each thread has its own. ``pipeline`` is the diffusion pipeline whose sampler calls
+    the module, where that is known."""
+
+    def __init__(self, pipeline: Any = None) -> None:
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._local = threading.local()
         self._all: weakref.WeakSet[_Track] = weakref.WeakSet()  # what a thread kept goes with the thread
         self._lock = threading.Lock()
@@ -168,7 +197,11 @@ class Timeline:
             track = self._local.track = _Track()
             with self._lock:
                 self._all.add(track)
-        return track.at(timestep)
+        mark = None if timestep is None else _Mark.of(timestep)
+        pipeline = None if self._pipeline is None else self._pipeline()
+        if mark is not None and pipeline is not None and not mark.is_listed and _DECLARED.get() is None:
+            mark = _sampler_mark(pipeline, mark) or mark
+        return track.at(mark)
 
     def _tracks(self) -> list[_Track]:
         with self._lock:
@@ -187,7 +220,8 @@ class Timeline:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Timeline:
         """A copied module has generations of its own."""
-        return Timeline()
+        pipeline = None if self._pipeline is None else self._pipeline()
+        return Timeline(None if pipeline is None else memo.get(id(pipeline)))
 
 
 class _Track:
@@ -199,9 +233,8 @@ class _Track:
         self.last: _Mark | None = None
         self.direction = 0.0
 
-    def at(self, timestep: torch.Tensor | None) -> Generation:
+    def at(self, mark: _Mark | None) -> Generation:
         declared = _DECLARED.get()
-        mark = None if timestep is None else _Mark.of(timestep)
         if self.generation is None or declared is not self.declared or self._turns(mark):
             return self._begin(declared, mark)
         if mark is None or self.last is None or not mark.same_step(self.last):
