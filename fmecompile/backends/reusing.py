@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -28,11 +28,14 @@ from fmecompile.graph.plan import Plan
 from fmecompile.graph.program import Input, Program
 from fmecompile.graph.specs import node_spec
 from fmecompile.partition.tradeoffs import Limits
+from fmecompile.passes.prologue import Prologue as SplitPrologue
+from fmecompile.passes.prologue import kept_bytes
 from fmecompile.pipeline import Compilation, Record, lower_within, normalise
 from fmecompile.reuse.policy import Policy
 from fmecompile.reuse.steps import FULL, Decision, to_bits
 from fmecompile.runtime.executable import Compiled, Executable
 from fmecompile.runtime.generation import Timeline
+from fmecompile.runtime.prologue import Prologue
 from fmecompile.runtime.reusing import HEAD, Reusing, Runs, new_runs
 
 
@@ -40,7 +43,7 @@ from fmecompile.runtime.reusing import HEAD, Reusing, Runs, new_runs
 class ReuseRecord:
     """What is reused in one signature: the policy in words, the values, those that are measured, the plan of each kind
     of step so far (``HEAD`` for what runs before a policy decides), and what the steps of the latest runs did.
-    ``order`` is that of the forecast."""
+    ``order`` is that of the forecast, ``shared_bytes`` what all steps share and one of them makes."""
 
     policy: str
     values: tuple[CutValue, ...]
@@ -50,6 +53,7 @@ class ReuseRecord:
     order: int = 0
     runs: Runs = field(default_factory=new_runs)
     allowances: dict[Decision, Allowance] = field(default_factory=dict)
+    shared_bytes: int = 0
 
     @property
     def kept_bytes(self) -> int:
@@ -61,6 +65,7 @@ class ReuseRecord:
         for value in self.values[:4]:
             lines.append(f"  {value.module}: {value.nbytes / 2**20:.1f} MiB kept, {value.saved:.1%} of the work saved")
         lines += [f"  and {len(self.values) - 4} more"] if len(self.values) > 4 else []
+        lines += [f"  {self.shared_bytes / 2**20:.2f} MiB are the same at every step"] if self.shared_bytes else []
         lines += [f"  measured: {', '.join(v.module or v.value for v in self.watched)}"] if self.watched else []
         for decision, plan in self.plans.items():
             peak = f"{plan.projected_peak_bytes / 2**20:.1f} MiB projected"
@@ -107,13 +112,14 @@ class ReusingCompiler:
             shell = Shell(module, forward)
             compilation = Compilation(capture(shell, args, kwargs))
             normalise(compilation, observe)
+            timestep = _place_of_timestep(forward, args, kwargs)
+            places = _conditioning(compilation.program, timestep)
+            compilation.done("prologue", _split(compilation, places), observe)
             variants = _Variants(self, shell, Example.of(args, kwargs), compilation)
             for decision in (HEAD, FULL) if variants.choice.crossing else (FULL,):
                 variants.make(decision, observe)
-        timestep = _place_of_timestep(forward, args, kwargs)
         plan = max(variants.record.plans.values(), key=lambda plan: plan.projected_peak_bytes)
         record = Record(plan, variants.example, tuple(notes), variants.allowance, variants.record)
-        places = _conditioning(compilation.program, timestep)
         return Reusing(self.policy, variants, self.timeline, timestep, places, variants.record.runs), record
 
     def situation(self) -> Hashable:
@@ -130,12 +136,16 @@ class _Variants:
         self._lock = threading.RLock()
         self._made: dict[tuple[Decision, int], Executable] = {}
         self._renewed: dict[Decision, frozenset[str]] = {}
+        self.prologue, self._shared_bytes = self._made_once()
         policy = compiler.policy
         self.choice = choice = Choice.of(policy, compilation.program, compilation.facts)
         self.components = choice.components
         self.probes = tuple(cut.name for cut in choice.probes)
         self.frames = choice.frames
-        self.record = ReuseRecord(policy.describe(), choice.values, {}, {}, choice.watched, choice.order)
+        words = policy.describe()
+        self.record = ReuseRecord(
+            words, choice.values, {}, {}, choice.watched, choice.order, shared_bytes=self._shared_bytes
+        )
         self.allowance: Any = None
 
     def __call__(self, decision: Decision, elsewhere_bytes: int = 0) -> Executable:
@@ -145,6 +155,15 @@ class _Variants:
         with self._lock:
             fitting = (made for (kind, most), made in self._made.items() if kind == decision and most >= least)
             return next(fitting, None) or self.make(decision, None, least)
+
+    def _made_once(self) -> tuple[Prologue | None, int]:
+        """What runs the prologue, and the bytes that it makes."""
+        program = self._compilation.program.prologue
+        if program is None:
+            return None, 0
+        compiled, _ = lower_within(replace(self._compilation, program=program, notes=[]))
+        leaves = [binding.leaf for binding in program.bindings if isinstance(binding, Input)]
+        return Prologue(Executable(compiled, self._shell.module), leaves), kept_bytes(program)
 
     def renewed(self, decision: Decision) -> frozenset[str]:
         """The cuts whose value such a step computes; another may be dead because a later one is reused."""
@@ -161,12 +180,10 @@ class _Variants:
         note = self.choice.rewrite(program, decision, self._compilation.facts)
         compilation = replace(self._compilation, program=program, notes=[])
         compilation.done("step-reuse", note, observe)
-        kept_bytes = self.choice.held_bytes(program) + elsewhere_bytes
+        held = self.choice.held_bytes(program) + self._shared_bytes + elsewhere_bytes
         make = partial(self._lower, compilation, observe)
         eager = self._compiler.eager
-        compiled, plan, allowance = within_budget(
-            self._shell, self._inputs(), eager.budget, eager.wishes, make, kept_bytes
-        )
+        compiled, plan, allowance = within_budget(self._shell, self._inputs(), eager.budget, eager.wishes, make, held)
         self.allowance = self.allowance or allowance
         if allowance is not None:
             self.record.allowances[decision] = allowance
@@ -179,6 +196,13 @@ class _Variants:
 
     def _lower(self, compilation: Compilation, observe: Any, limits: Limits) -> tuple[Compiled, Plan]:
         return lower_within(compilation, self._compiler.eager.saved, limits, observe)
+
+
+def _split(compilation: Compilation, places: Sequence[int]) -> str:
+    """Move what depends on nothing but the leaves at ``places`` into a prologue."""
+    bound = compilation.program.bindings
+    varying = {binding.leaf for binding in bound if isinstance(binding, Input)} - set(places)
+    return SplitPrologue(frozenset(varying)).apply(compilation.program, compilation.facts)
 
 
 def _place_of_timestep(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

@@ -74,6 +74,11 @@ class Branch:
         pairs = zip(self.anchors, leaves, strict=True)
         return sum(known() is leaf and version == version_of(leaf) for (known, version), leaf in pairs)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept for its later steps."""
+        return sum(held.nbytes for held in (self.state, self.made) if held is not None)
+
     def remember(self, leaves: Sequence[torch.Tensor]) -> None:
         self.anchors = anchored(leaves)
 
@@ -216,8 +221,7 @@ class Timeline:
     def kept_bytes(self) -> int:
         """Bytes that the generations under way keep for later steps."""
         under_way = [track.generation for track in self._tracks()]
-        states = [branch.state for one in under_way if one is not None for branch in one.every_branch()]
-        return sum(state.nbytes for state in states if state is not None)
+        return sum(branch.nbytes for one in under_way if one is not None for branch in one.every_branch())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Timeline:
         """A copied module has generations of its own."""
