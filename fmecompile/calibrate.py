@@ -18,11 +18,12 @@ from fmecompile.capture.families import SCALAR_INPUTS, is_denoiser, is_pipeline,
 from fmecompile.errors import OptionError, TargetError
 from fmecompile.reuse.calibration import OUTPUT, Calibration, CalibrationKey, Cut, CutRecord, Trace, identity, mean
 from fmecompile.reuse.options import whole
-from fmecompile.reuse.policy import Policy
+from fmecompile.reuse.policy import FeedbackPolicy, Policy, ProbePolicy
 from fmecompile.reuse.smooth_cache import SmoothCache
 from fmecompile.reuse.step_rehash import StepRehash
 from fmecompile.reuse.tea_cache import TeaCache
 from fmecompile.runtime.dispatch import Dispatcher, find, plain_forward
+from fmecompile.runtime.generation import Timeline
 from fmecompile.runtime.recording import Book, Traced
 
 LIMIT_BYTES = 2**30
@@ -66,7 +67,8 @@ def calibrate(
     whole("limit_bytes", limit_bytes, 1)
     module, runs = _denoiser(target), list(_runs(target, inputs))
     book = Book(limit_bytes)
-    compiler = RecordingCompiler(_eager(module), _asked(policies, cuts), book)
+    timeline = Timeline(target if is_pipeline(target) else None)
+    compiler = RecordingCompiler(_eager(module), _asked(policies, cuts), book, timeline)
     with _recorded(module, compiler), torch.no_grad():
         for run in runs:
             run()
@@ -131,10 +133,12 @@ def _asked_by(policy: Any) -> Iterator[Asked]:
     if isinstance(policy, type) and issubclass(policy, SmoothCache):
         yield from (Asked(name, is_optional=True) for name in SmoothCache.COMPONENTS)
     elif policy is TeaCache or isinstance(policy, TeaCache):
-        yield Asked(policy.indicator)
+        yield Asked(policy.indicator, "probe")
     elif isinstance(policy, Policy):
         mode = "residual" if policy.mode == "residual" else "feature"
         yield from (Asked(cut, mode) for cut in policy.cuts.values())
+        if isinstance(policy, (ProbePolicy, FeedbackPolicy)):
+            yield Asked(policy.probe, "probe")
     elif isinstance(policy, type) and issubclass(policy, Policy):
         defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(policy)}
         yield Asked(defaults["cut"], "residual" if defaults["mode"] == "residual" else "feature")

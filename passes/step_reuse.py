@@ -7,6 +7,13 @@
 What only led to ``b`` is gone from the shallow graph. A residual (``source``) is kept as ``b - s`` and taken as
 ``s + r'``, so the source of this step enters; a forecast takes ``b'`` and its divided differences, and sums up a Taylor
 polynomial whose coefficients are inputs, so that one graph serves every distance.
+
+A step that decides by a probe, here ``a``, is split in front of the decision; its head is part of every variant:
+
+    head     a = down(x)                                   a is kept until the end of the step, and nothing returned
+    tails    as full and shallow, and a' is taken
+
+so a tail is two rewrites: first what is reused, then ``down`` as one more component that is always taken.
 """
 
 from __future__ import annotations
@@ -43,32 +50,40 @@ class Cut:
 class StepReuse:
     """Turn a program into the variant that takes the components ``reused`` from an earlier step, and keeps those cuts
     of the others that it still computes. ``order`` is that of the forecast, 0 for the value itself; ``store`` the dtype
-    that values are kept in, None for their own."""
+    that values are kept in, None for their own. ``is_head``: nothing else is returned, so nothing else is computed."""
 
     cuts: Sequence[Cut]
     reused: frozenset[str] = frozenset()
     order: int = 0
     store: torch.dtype | None = None
+    is_head: bool = False
 
     def apply(self, program: Program, facts: FactTable) -> str:
         before = sum(map(products, compute_nodes(program.graph)))
         nodes = {node.name: node for node in program.graph.nodes}
-        coefficients = self._coefficients(program) if self.reused else []
+        if self.is_head:
+            edit.return_nothing(program)
+        coefficients = {component: self._coefficients(program, component) for component in sorted(self.reused)}
         for cut in self.cuts:
-            if cut.component in self.reused:
-                self._take(program, cut, nodes, coefficients, facts)
-        edit.drop_unused(program)
+            if cut.component in self.reused and cut.value in nodes:
+                self._take(program, cut, nodes, coefficients[cut.component], facts)
+        if not self.is_head:
+            edit.drop_unused(program)
         alive = {node.name for node in compute_nodes(program.graph)}
         for cut in self.cuts:
             if cut.component not in self.reused and cut.value in alive:
                 self._keep(program, cut, nodes, facts)
+        edit.drop_unused(program)
         after = sum(map(products, compute_nodes(program.graph)))
         return f"{len(self.reused)} values taken, {len(program.keeps)} kept, {1 - after / max(before, 1):.1%} less work"
 
-    def _coefficients(self, program: Program) -> list[fx.Node]:
+    def _coefficients(self, program: Program, component: str) -> list[fx.Node]:
         spec = TensorSpec((), (), torch.float64, torch.device("cpu"))
         orders = range(1, self.order + 1)
-        return [edit.add_placeholder(program, f"coefficient_{k}", Coefficient(k), spec) for k in orders]
+        return [
+            edit.add_placeholder(program, f"coefficient_{_slug(component, k)}", Coefficient(k, component), spec)
+            for k in orders
+        ]
 
     def _take(
         self,
@@ -81,7 +96,7 @@ class StepReuse:
         value = nodes[cut.value]
         held = self._held_spec(cut, nodes, facts)
         orders = range(len(coefficients) + 1)
-        kept = [edit.add_placeholder(program, _slug(cut.name, k), Kept(cut.name, k), held) for k in orders]
+        kept = [edit.add_placeholder(program, f"kept_{_slug(cut.name, k)}", Kept(cut.name, k), held) for k in orders]
         made = list(self._restored(value, nodes.get(cut.source or ""), kept, coefficients))
         edit.annotate(made, facts)
         edit.replace_by(value, made[-1] if made else kept[0])
@@ -147,4 +162,4 @@ def _shares(value: fx.Node, program: Program, facts: FactTable) -> bool:
 
 
 def _slug(name: str, order: int) -> str:
-    return "kept_" + "".join(c if c.isalnum() else "_" for c in name) + (f"_{order}" if order else "")
+    return "".join(c if c.isalnum() else "_" for c in name) + (f"_{order}" if order else "")

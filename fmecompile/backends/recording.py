@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from fmecompile.analysis.cuts import Cuts, CutValue
 from fmecompile.analysis.mixing import CLIP_DIMS
+from fmecompile.analysis.probes import Probes
 from fmecompile.backends.budgeted import within_budget
 from fmecompile.backends.eager import EagerCompiler
-from fmecompile.backends.reusing import conditioning, place_of_timestep, residual_source
+from fmecompile.backends.reusing import conditioning, place_of_timestep, split
 from fmecompile.capture.example import Example
 from fmecompile.capture.export import capture
 from fmecompile.capture.shell import Shell
@@ -37,7 +38,7 @@ COMPONENT = "recorded"
 
 @dataclass(frozen=True)
 class Asked:
-    """A cut to record, and whether its values or its residuals. ``is_optional``: left out where there is none."""
+    """A cut to record, its values or its residuals, or a probe. ``is_optional``: left out where there is none."""
 
     cut: CutName
     mode: Mode = "feature"
@@ -72,7 +73,7 @@ class RecordingCompiler:
     eager: EagerCompiler
     asked: tuple[Asked, ...]
     book: Book
-    timeline: Timeline = field(default_factory=Timeline)
+    timeline: Timeline
     recordings: list[Recording] = field(default_factory=list)
     recorders: list[Recorder] = field(default_factory=list)
 
@@ -89,9 +90,11 @@ class RecordingCompiler:
             shell = Shell(module, forward)
             compilation = Compilation(capture(shell, args, kwargs))
             normalise(compilation, observe)
-            found = _found(self.asked, compilation)
             timestep = place_of_timestep(forward, args, kwargs)
             places = conditioning(compilation.program, timestep)
+            per_step = replace(compilation, program=compilation.program.copy(), notes=[])
+            split(per_step, places)
+            found = _found(self.asked, per_step)
             keep = StepReuse(tuple(dict.fromkeys(cut for one in found for cut in one.cuts)))
             compilation.done("step-reuse", keep.apply(compilation.program, compilation.facts), observe)
             example = Example.of(args, kwargs)
@@ -117,7 +120,8 @@ class RecordingCompiler:
 
 
 def _found(asked: Iterable[Asked], compilation: Compilation) -> tuple[Found, ...]:
-    """What is there of what was asked for; a value that several cuts have is kept once."""
+    """What is there of what was asked for, in a program without what all steps share, as policies find it; a value that
+    several cuts have is kept once."""
     cuts = Cuts(compilation.program)
     known: dict[tuple[str, str | None], Cut] = {}
     found = []
@@ -125,24 +129,29 @@ def _found(asked: Iterable[Asked], compilation: Compilation) -> tuple[Found, ...
         values = tuple(_named(one, cuts))
         kept = []
         for value in values:
-            source = residual_source(cuts.program, value) if one.mode == "residual" else None
-            name = f"{value.module or value.value}:{len(known)}"
-            kept.append(known.setdefault((value.value, source), Cut(name, value.value, COMPONENT, source)))
+            cut = Cut(f"{value.module or value.value}:{len(known)}", value.value, COMPONENT, value.source)
+            kept.append(known.setdefault((cut.value, cut.source), cut))
         if values:
             unique = tuple(dict.fromkeys(kept))
-            found.append(Found(one, values, unique, _saved(unique, cuts.work, compilation)))
+            saved = 0.0 if one.mode == "probe" else _saved(unique, cuts.work, compilation)
+            found.append(Found(one, values, unique, saved))
     if not found:
         raise OptionError("this model has none of what is to be recorded", next_step='record cuts=["auto"]')
     return tuple(found)
 
 
-def _named(asked: Asked, cuts: Cuts) -> Iterator[CutValue]:
-    names = (asked.cut,) if isinstance(asked.cut, str) else asked.cut
-    for name in names:
-        found = cuts.named(name)
-        if not found and not asked.is_optional:
-            raise OptionError(f"{name!r} is nothing in this model", next_step='name another cut, or record "auto"')
-        yield from found
+def _named(asked: Asked, cuts: Cuts) -> list[CutValue]:
+    if asked.mode == "probe":
+        names = [asked.cut] if isinstance(asked.cut, str) else asked.cut
+        return [value for name in names for value in Probes(cuts).named(name)]
+    try:
+        found = cuts.named(asked.cut, asked.mode)
+    except OptionError:
+        if asked.is_optional:
+            return []
+        raise
+    moving = {node.name for node in cuts.moving}
+    return [value for value in found if value.value in moving] or found  # what no clip reaches would dilute the means
 
 
 def _saved(cuts: tuple[Cut, ...], work: int, compilation: Compilation) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,60 +14,90 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten
 
-from fmecompile.analysis.cuts import Cuts, CutValue
-from fmecompile.analysis.mixing import called_in
+from fmecompile.analysis.cuts import CutValue
 from fmecompile.backends.budgeted import within_budget
+from fmecompile.backends.choice import Choice
 from fmecompile.backends.eager import EagerCompiler
+from fmecompile.budget import Allowance
 from fmecompile.capture.example import Example
 from fmecompile.capture.export import capture
 from fmecompile.capture.families import SCALAR_INPUTS
 from fmecompile.capture.shell import Shell
 from fmecompile.errors import OptionError
 from fmecompile.graph.plan import Plan
-from fmecompile.graph.program import Input, Program, compute_nodes
-from fmecompile.graph.specs import TensorSpec, node_spec
+from fmecompile.graph.program import Input, Program
+from fmecompile.graph.specs import node_spec
 from fmecompile.partition.tradeoffs import Limits
-from fmecompile.passes.step_reuse import Cut, StepReuse
+from fmecompile.passes.prologue import Prologue as SplitPrologue
+from fmecompile.passes.prologue import kept_bytes
 from fmecompile.pipeline import Compilation, Record, lower_within, normalise
 from fmecompile.reuse.policy import Policy
-from fmecompile.reuse.steps import FULL, Decision
+from fmecompile.reuse.steps import FULL, Decision, to_bits
 from fmecompile.runtime.executable import Compiled, Executable
 from fmecompile.runtime.generation import Timeline
-from fmecompile.runtime.reusing import Reusing
+from fmecompile.runtime.prologue import Prologue
+from fmecompile.runtime.reusing import HEAD, Reusing, Runs, new_runs
 
 
 @dataclass(frozen=True)
 class ReuseRecord:
-    """What is reused in one signature: the policy in words, the values, and the plan of each kind of step so far."""
+    """What is reused in one signature: the policy in words, the values, those that are measured, the plan of each kind
+    of step so far (``HEAD`` for what runs before a policy decides), and what the steps of the latest runs did.
+    ``order`` is that of the forecast, ``shared_bytes`` what all steps share and one of them makes."""
 
     policy: str
     values: tuple[CutValue, ...]
     plans: dict[Decision, Plan]
     notes: dict[Decision, str]
+    watched: tuple[CutValue, ...] = ()
+    order: int = 0
+    runs: Runs = field(default_factory=new_runs)
+    allowances: dict[Decision, Allowance] = field(default_factory=dict)
+    shared_bytes: int = 0
 
     @property
     def kept_bytes(self) -> int:
         """Bytes of the values that are kept between steps."""
-        return sum(value.nbytes for value in self.values)
+        return sum(v.nbytes * (self.order + 1) for v in self.values) + sum(v.nbytes for v in self.watched)
 
     def __str__(self) -> str:
-        lines = [self.policy]
+        lines = [f"{self.policy}; {len(self.plans)} programs so far"]
         for value in self.values[:4]:
             lines.append(f"  {value.module}: {value.nbytes / 2**20:.1f} MiB kept, {value.saved:.1%} of the work saved")
         lines += [f"  and {len(self.values) - 4} more"] if len(self.values) > 4 else []
+        lines += [f"  {self.shared_bytes / 2**20:.2f} MiB are the same at every step"] if self.shared_bytes else []
+        lines += [f"  measured: {', '.join(v.module or v.value for v in self.watched)}"] if self.watched else []
         for decision, plan in self.plans.items():
-            kind = "full step" if decision == FULL else f"step that reuses {', '.join(sorted(decision))}"
-            lines.append(f"  {kind}: {plan.projected_peak_bytes / 2**20:.1f} MiB projected; {self.notes[decision]}")
+            peak = f"{plan.projected_peak_bytes / 2**20:.1f} MiB projected"
+            lines.append(f"  {_kind(decision)}: {peak}; {self.notes[decision]}")
+            lines += [f"    {self.allowances[decision]}"] if decision in self.allowances else []
+        lines += [
+            f"  latest run, 1 for a full step: {to_bits(t.decision for t in run)}" for run in list(self.runs)[-1:]
+        ]
         return "\n".join(lines)
+
+
+def _kind(decision: Decision) -> str:
+    if decision == HEAD:
+        return "what decides"
+    return "full step" if decision == FULL else f"step that reuses {', '.join(sorted(decision))}"
 
 
 @dataclass(frozen=True)
 class ReusingCompiler:
-    """The compiler callback of a dispatcher whose module runs under ``policy``."""
+    """The compiler callback of a dispatcher whose module runs under ``policy``. Raises OptionError for one that is not
+    supported yet, or is calibrated on another model."""
 
     eager: EagerCompiler
     policy: Policy
     timeline: Timeline = field(default_factory=Timeline)
+
+    def __post_init__(self) -> None:
+        if self.policy.needs_guidance:
+            name = type(self.policy).__name__
+            raise OptionError(
+                f"{name} with guidance=True is not supported yet", next_step=f"use {name}(guidance=False)"
+            )
 
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -84,14 +114,15 @@ class ReusingCompiler:
             shell = Shell(module, forward)
             compilation = Compilation(capture(shell, args, kwargs))
             normalise(compilation, observe)
+            timestep = place_of_timestep(forward, args, kwargs)
+            places = conditioning(compilation.program, timestep)
+            compilation.done("prologue", split(compilation, places), observe)
             variants = _Variants(self, shell, Example.of(args, kwargs), compilation)
-            variants.make(FULL, observe)
-        timestep = place_of_timestep(forward, args, kwargs)
-        record = Record(
-            variants.record.plans[FULL], variants.example, tuple(notes), variants.allowance, variants.record
-        )
-        places = conditioning(compilation.program, timestep)
-        return Reusing(self.policy, variants, self.timeline, timestep, places, variants.components), record
+            for decision in (HEAD, FULL) if variants.choice.crossing else (FULL,):
+                variants.make(decision, observe)
+        plan = max(variants.record.plans.values(), key=lambda plan: plan.projected_peak_bytes)
+        record = Record(plan, variants.example, tuple(notes), variants.allowance, variants.record)
+        return Reusing(self.policy, variants, self.timeline, timestep, places, variants.record.runs), record
 
     def situation(self) -> Hashable:
         """What a program depends on apart from the call and the module."""
@@ -104,41 +135,60 @@ class _Variants:
     def __init__(self, compiler: ReusingCompiler, shell: Shell, example: Example, compilation: Compilation) -> None:
         self._compiler, self._shell, self._compilation = compiler, shell, compilation
         self.example = example
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._made: dict[tuple[Decision, int], Executable] = {}
+        self._renewed: dict[Decision, frozenset[str]] = {}
+        self.prologue, self._shared_bytes = self._made_once()
         policy = compiler.policy
-        chosen = dict(_chosen(policy, Cuts(compilation.program)))
-        values = tuple(value for found in chosen.values() for value in found)
-        self._order = policy.order if policy.mode == "forecast" else 0
-        self._cuts = tuple(_cuts(policy, chosen, compilation.program))
-        self.components = {
-            component: tuple(cut.name for cut in self._cuts if cut.component == component) for component in chosen
-        }
-        self.record = ReuseRecord(policy.describe(), values, {}, {})
+        self.choice = choice = Choice.of(policy, compilation.program, compilation.facts)
+        self.components = choice.components
+        self.probes = tuple(cut.name for cut in choice.probes)
+        self.frames = choice.frames
+        words = policy.describe()
+        self.record = ReuseRecord(
+            words, choice.values, {}, {}, choice.watched, choice.order, shared_bytes=self._shared_bytes
+        )
         self.allowance: Any = None
 
     def __call__(self, decision: Decision, elsewhere_bytes: int = 0) -> Executable:
-        """The program of a step that reuses ``decision``, while other branches keep ``elsewhere_bytes``."""
-        has_budget = self._compiler.eager.budget is not None
-        key = (decision, elsewhere_bytes if has_budget else 0)
+        """The program of a step that reuses ``decision``, or the head of every step, while other branches keep
+        ``elsewhere_bytes``, or more."""
+        least = elsewhere_bytes if self._compiler.eager.budget is not None else 0
         with self._lock:
-            if key not in self._made:
-                self._made[key] = self.make(decision, None, key[1])
-            return self._made[key]
+            fitting = (made for (kind, most), made in self._made.items() if kind == decision and most >= least)
+            return next(fitting, None) or self.make(decision, None, least)
+
+    def _made_once(self) -> tuple[Prologue | None, int]:
+        """What runs the prologue, and the bytes that it makes."""
+        program = self._compilation.program.prologue
+        if program is None:
+            return None, 0
+        compiled, _ = lower_within(replace(self._compilation, program=program, notes=[]))
+        leaves = [binding.leaf for binding in program.bindings if isinstance(binding, Input)]
+        return Prologue(Executable(compiled, self._shell.module), leaves), kept_bytes(program)
+
+    def renewed(self, decision: Decision) -> frozenset[str]:
+        """The cuts whose value such a step computes; another may be dead because a later one is reused."""
+        with self._lock:
+            if decision not in self._renewed:
+                program = self._compilation.program.copy()
+                self.choice.rewrite(program, decision, self._compilation.facts)
+                self._renewed[decision] = frozenset(program.keeps)
+            return self._renewed[decision]
 
     def make(self, decision: Decision, observe: Any = None, elsewhere_bytes: int = 0) -> Executable:
+        """Compile one of them."""
         program = self._compilation.program.copy()
-        reuse = StepReuse(self._cuts, decision, self._order)
-        note = reuse.apply(program, self._compilation.facts)
+        note = self.choice.rewrite(program, decision, self._compilation.facts)
         compilation = replace(self._compilation, program=program, notes=[])
         compilation.done("step-reuse", note, observe)
-        kept = sum(v.nbytes * (self._order + 1) for v in self.record.values) if decision else 0
+        held = self.choice.held_bytes(program) + self._shared_bytes + elsewhere_bytes
         make = partial(self._lower, compilation, observe)
         eager = self._compiler.eager
-        compiled, plan, allowance = within_budget(
-            self._shell, self._inputs(), eager.budget, eager.wishes, make, kept + elsewhere_bytes
-        )
+        compiled, plan, allowance = within_budget(self._shell, self._inputs(), eager.budget, eager.wishes, make, held)
         self.allowance = self.allowance or allowance
+        if allowance is not None:
+            self.record.allowances[decision] = allowance
         self.record.plans[decision], self.record.notes[decision] = plan, note
         made = self._made[decision, elsewhere_bytes] = Executable(compiled, self._shell.module)
         return made
@@ -150,41 +200,11 @@ class _Variants:
         return lower_within(compilation, self._compiler.eager.saved, limits, observe)
 
 
-def _chosen(policy: Policy, cuts: Cuts) -> Iterator[tuple[str, list[CutValue]]]:
-    """For each component of a policy, the values it reuses. Raises OptionError where there are none."""
-    for component, wanted in policy.cuts.items():
-        found = [value for name in ((wanted,) if isinstance(wanted, str) else wanted) for value in cuts.named(name)]
-        if not any(value.saved for value in found):
-            raise OptionError(
-                f"{wanted!r} can be reused, and nothing would be saved by it",
-                next_step='name a later value, or use cut="auto"',
-            )
-        yield component, found
-
-
-def _cuts(policy: Policy, chosen: Mapping[str, list[CutValue]], program: Program) -> Iterator[Cut]:
-    for component, values in chosen.items():
-        for k, value in enumerate(values):
-            name = component if len(values) == 1 else f"{component}:{k}"
-            source = residual_source(program, value) if policy.mode == "residual" else None
-            yield Cut(name, value.value, component, source)
-
-
-def residual_source(program: Program, value: CutValue) -> str:
-    """What enters the module of ``value`` and has its shape, the latest of those."""
-    nodes = compute_nodes(program.graph)
-    node = next(n for n in nodes if n.name == value.value)
-    inside = {n for n in nodes if value.module in called_in(n)}
-    entering = [n for n in nodes if n not in inside and inside & set(n.users) and node_spec(n) is not None]
-    alike = [
-        n for n in entering if isinstance(node_spec(n), TensorSpec) and node_spec(n).shape == node_spec(node).shape
-    ]
-    if not alike:
-        raise OptionError(
-            f"{value.module} returns another shape than it takes, so it has no residual",
-            next_step='use mode="feature", or another cut',
-        )
-    return alike[-1].name
+def split(compilation: Compilation, places: Sequence[int]) -> str:
+    """Move what depends on nothing but the leaves at ``places`` into a prologue."""
+    bound = compilation.program.bindings
+    varying = {binding.leaf for binding in bound if isinstance(binding, Input)} - set(places)
+    return SplitPrologue(frozenset(varying)).apply(compilation.program, compilation.facts)
 
 
 def place_of_timestep(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

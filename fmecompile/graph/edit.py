@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import fx
+from torch.utils._pytree import tree_structure
 
 from fmecompile.analysis.facts import FactTable
 from fmecompile.graph.program import Binding, Program, compute_nodes
@@ -110,6 +111,12 @@ def return_also(program: Program, name: str, value: fx.Node) -> None:
     """Let the program also return ``value``, kept under ``name``."""
     program.output.args = ((*program.outputs, value),)
     program.keeps = (*program.keeps, name)
+
+
+def return_nothing(program: Program) -> None:
+    """Let the program return an empty tuple, and keep nothing."""
+    program.output.args = ((),)
+    program.out_spec, program.keeps = tree_structure(()), ()
 
 
 def replace_by(node: fx.Node, value: fx.Node) -> None:

@@ -28,8 +28,8 @@ OUTPUT = "output"
 Row = tuple[float, ...]
 Matrix = tuple[Row, ...]
 Cut = str | tuple[str, ...]
-Mode = Literal["feature", "residual"]
-MODES: tuple[Mode, ...] = ("feature", "residual")
+Mode = Literal["feature", "residual", "probe"]
+MODES: tuple[Mode, ...] = ("feature", "residual", "probe")
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,10 @@ def _mean_row(rows: Iterable[Row]) -> Row:
 class CutRecord:
     """One cut: what it is, what reuse of it saves, and its traces by branch, in the order the sampler calls them.
 
-    ``cut`` is what was asked for, ``modules`` whose results that is; ``mode`` says whether figures are of the values
-    or of residuals (out minus in). A step that reuses it saves the share ``saved`` of all work (multiplications) and
-    keeps ``nbytes``. ``sketch_entries`` is 0 where similarities are exact; where the values of all steps were too
-    large to keep, each was reduced to so many sums.
+    ``cut`` is what was asked for, ``modules`` whose results that is; ``mode`` says whether figures are of the values,
+    of residuals (out minus in), or of a probe, which is measured and not reused. A step that reuses it saves the share
+    ``saved`` of all work (multiplications) and keeps ``nbytes``. ``sketch_entries`` is 0 where similarities are exact;
+    where the values of all steps were too large to keep, each was reduced to so many sums.
     """
 
     cut: Cut
@@ -199,7 +199,7 @@ class Calibration:
     @property
     def cuts(self) -> tuple[str, ...]:
         """What was recorded, in words."""
-        return tuple(f"{r.name} (residual)" if r.mode == "residual" else r.name for r in self.records)
+        return tuple(r.name if r.mode == "feature" else f"{r.name} ({r.mode})" for r in self.records)
 
     def record(self, cut: Cut | None = None, mode: Mode = "feature", default: Cut | None = None) -> CutRecord:
         """The record of ``cut``; by default that of ``default`` where there is one, else the only one but the output's.

@@ -60,7 +60,7 @@ class TeaCache(StaticPolicy, ProbePolicy):
 
         Raises ``OptionError`` where the indicator was not calibrated.
         """
-        changes = calibration.record(indicator).trace.moved
+        changes = calibration.record(indicator, "probe").trace.moved
         fixed = {"indicator": indicator, "indicator_changes": changes, "calibration": calibration.key}
         return cls(threshold=threshold, **options | fixed)
 

@@ -16,10 +16,13 @@ from fmecompile.runtime.signature import fake_mode_of
 
 Slot = tuple[str, Any]
 """Where an operand comes from: ``("weight", name)``, ``("input", leaf)``, ``("literal", index)``,
-``("constant", index)``, ``("kept", (name, order))`` or ``("coefficient", order)``."""
+``("constant", index)``, ``("kept", (name, order))`` or ``("coefficient", (component, order))``."""
 
 Keep = Mapping[tuple[str, int], torch.Tensor]
 """What earlier steps kept, by name and order of the divided difference."""
+
+Coefficients = Mapping[tuple[str, int], torch.Tensor]
+"""What differences are multiplied with, by component and order."""
 
 _NOTHING: Keep = {}
 
@@ -51,12 +54,21 @@ class Executable:
         """The names of what a run keeps for later steps."""
         return self._compiled.keeps
 
+    def weights(self) -> list[torch.Tensor]:
+        """The weights that it reads, as they are now."""
+        return [table[key] for kind, table, key in self._sources if kind == "weight"]
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """The names of what a run takes from earlier."""
+        return frozenset(key[0] for kind, key in self._compiled.slots if kind == "kept")
+
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run on the flattened arguments of a call; the result has the structure the module returned at capture."""
         return self.run(leaves)[0]
 
     def run(
-        self, leaves: Sequence[Any], kept: Keep = _NOTHING, coefficients: Sequence[torch.Tensor] = ()
+        self, leaves: Sequence[Any], kept: Keep = _NOTHING, coefficients: Coefficients = _NOTHING
     ) -> tuple[Any, dict[str, torch.Tensor]]:
         """The same, on what earlier steps kept; also what this one keeps, by name."""
         mode = fake_mode_of(list(leaves))

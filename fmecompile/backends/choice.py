@@ -1,0 +1,146 @@
+"""What a policy reuses and measures in one program, and the rewrites of that program for each kind of step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import fx
+
+from fmecompile.analysis.cuts import Cuts, CutValue
+from fmecompile.analysis.facts import FactTable
+from fmecompile.analysis.probes import Probes
+from fmecompile.analysis.storages import storages
+from fmecompile.errors import OptionError
+from fmecompile.graph.program import Kept, Program
+from fmecompile.graph.specs import TensorSpec, node_spec, tensor_spec
+from fmecompile.passes.step_reuse import Cut, StepReuse
+from fmecompile.reuse.policy import FeedbackPolicy, Policy, ProbePolicy
+from fmecompile.reuse.steps import FULL, Decision
+from fmecompile.runtime.change import Frames
+from fmecompile.runtime.reusing import HEAD
+
+_CROSSING = next(iter(HEAD))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``cuts`` may be reused, and lie at ``values``; ``probes`` are measured, at ``watched``, whose frames are in
+    ``frames``; ``crossing`` is what a step's head hands to its tail, where the policy decides in between."""
+
+    cuts: tuple[Cut, ...]
+    values: tuple[CutValue, ...]
+    order: int
+    probes: tuple[Cut, ...] = ()
+    watched: tuple[CutValue, ...] = ()
+    frames: tuple[Frames, ...] = ()
+    crossing: tuple[Cut, ...] = ()
+    crossing_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, policy: Policy, program: Program, facts: FactTable) -> Choice:
+        """Raises OptionError where a name stands for nothing, and where nothing would be saved."""
+        cuts = Cuts(program)
+        probes = Probes(cuts)
+        watched, frames = _watched(policy, probes)
+        has_head = policy.kind == "probe"
+        head = probes.head(watched) if has_head else set()
+        before = {node.name for node in head}
+        chosen = {name: _chosen(policy, cuts, name, before) for name in policy.cuts}
+        made = partial(cls, tuple(_named(chosen)), tuple(v for found in chosen.values() for v in found))
+        order = policy.order if policy.mode == "forecast" else 0
+        measured = tuple(Cut(f"(probe):{k}", v.value, "(probe)", v.source) for k, v in enumerate(watched))
+        if not has_head:
+            return made(order, measured, tuple(watched), frames)
+        sources = {value.source for found in chosen.values() for value in found}
+        nodes = list(_crossing(program, head, sources, facts))
+        crossing = tuple(Cut(f"{_CROSSING}:{k}", node.name, _CROSSING) for k, node in enumerate(nodes))
+        nbytes = {cut.name: _nbytes(node) for cut, node in zip(crossing, nodes, strict=True)}
+        return made(order, measured, tuple(watched), frames, crossing, nbytes)
+
+    @property
+    def components(self) -> dict[str, tuple[str, ...]]:
+        """The names of the cuts of each component."""
+        found: dict[str, tuple[str, ...]] = {}
+        for cut in self.cuts:
+            found[cut.component] = (*found.get(cut.component, ()), cut.name)
+        return found
+
+    @property
+    def watched_bytes(self) -> int:
+        """Bytes of what is measured."""
+        return sum(value.nbytes for value in self.watched)
+
+    def rewrite(self, program: Program, decision: Decision, facts: FactTable) -> str:
+        """Turn a copy of the program into the variant of ``decision``; into its head for ``HEAD``."""
+        if decision == HEAD:
+            return StepReuse((*self.crossing, *self.probes), is_head=True).apply(program, facts)
+        measured = self.probes if decision == FULL and not self.crossing else ()
+        note = StepReuse((*self.cuts, *measured), decision, self.order).apply(program, facts)
+        if self.crossing:
+            note += "; behind the head: " + StepReuse(self.crossing, HEAD).apply(program, facts)
+        return note
+
+    def held_bytes(self, program: Program) -> int:
+        """Bytes that are kept while the variant ``program`` runs, beside its operands that are no kept values."""
+        taken = {binding.name for binding in program.bindings if isinstance(binding, Kept)}
+        renewed = set() if self.order else set(program.keeps)
+        pairs = list(zip(self.cuts, self.values, strict=True))
+        kept = sum(v.nbytes * (self.order + 1) for c, v in pairs if c.name not in renewed)
+        crossing = sum(nbytes for name, nbytes in self.crossing_bytes.items() if name in taken)
+        return kept + crossing + self.watched_bytes
+
+
+def _watched(policy: Policy, probes: Probes) -> tuple[list[CutValue], tuple[Frames, ...]]:
+    """What a policy that decides as it goes measures. Raises OptionError where it wants motion and there are no
+    frames."""
+    if policy.kind == "static" or not isinstance(policy, (ProbePolicy, FeedbackPolicy)):
+        return [], ()
+    found = probes.named(policy.probe)
+    if not isinstance(policy, FeedbackPolicy) or not policy.needs_motion:
+        return found, ()
+    frames = [probes.frames(value) for value in found]
+    placed = tuple(frame for frame in frames if frame is not None)
+    if len(placed) < len(frames):
+        raise OptionError(
+            f"{policy.probe!r} has no frames, so its motion cannot be told", next_step="watch another value"
+        )
+    return found, placed
+
+
+def _chosen(policy: Policy, cuts: Cuts, component: str, head: set[str]) -> list[CutValue]:
+    """The values of one component, without those that the head of every step computes anyway."""
+    wanted = policy.cuts[component]
+    found = [value for value in cuts.named(wanted, policy.mode) if value.value not in head]
+    if not any(value.saved > 0 for value in found):
+        raise OptionError(
+            f"{wanted!r} can be reused, and nothing would be saved by it",
+            next_step='name a later value, or use cut="auto"',
+        )
+    return found
+
+
+def _named(chosen: Mapping[str, list[CutValue]]) -> Iterator[Cut]:
+    for component, values in chosen.items():
+        for k, value in enumerate(values):
+            name = component if len(values) == 1 else f"{component}:{k}"
+            yield Cut(name, value.value, component, value.source)
+
+
+def _crossing(program: Program, head: set[fx.Node], sources: set[str | None], facts: FactTable) -> Iterator[fx.Node]:
+    """The values of the head that the rest reads, in the order of the graph. Views are made again from what they are
+    views of, so that no bytes cross twice; views of inputs and weights cost nothing."""
+    nodes = [node for node in program.graph.nodes if node in head and node.op == "call_function"]
+    roots = storages(nodes, (), facts).roots
+    found: dict[fx.Node, None] = {}
+    for node in nodes:
+        if node.name in sources or any(user not in head for user in node.users):
+            root = roots[node]
+            found[root if isinstance(node_spec(root), TensorSpec) else node] = None
+    yield from (node for node in found if node.op == "call_function")
+
+
+def _nbytes(node: fx.Node) -> int:
+    spec = tensor_spec(node)
+    return spec.numel * spec.dtype.itemsize
