@@ -40,7 +40,7 @@ Split = Literal["train", "held out"]
 
 @dataclass(frozen=True)
 class Clips:
-    """``video`` (B, T, H, W) from -1 to 1; ``words`` (B, SLOTS) below ``WORDS``, what a clip shows and where it goes."""
+    """``video`` (B, T, H, W) from -1 to 1; ``words`` (B, SLOTS): what a clip shows, and where it goes."""
 
     video: torch.Tensor
     words: torch.Tensor

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.quality.data import DIRECTIONS, FRAMES, WORDS, seeded
+from benchmarks.quality.data import DIRECTIONS, FRAMES, WORDS, Clips, seeded
 
 WEIGHTS = Path(__file__).parent / "weights"
 TRAIN = "python -m benchmarks.quality.train --model"
@@ -102,7 +102,7 @@ def ddim() -> DDIMScheduler:
     )
 
 
-# ------------------------------------------------------------------------------------------- latents and what conditions
+# --------------------------------------------------------------------------------------------- latents and conditions
 
 
 def to_latents(video: torch.Tensor) -> torch.Tensor:
@@ -142,6 +142,21 @@ def embed_words(words: torch.Tensor) -> torch.Tensor:
 def time_ids(motion: torch.Tensor, augmentation: torch.Tensor) -> torch.Tensor:
     """Motion (B,) and noise on the image (B,) --> SVD's added time ids (B, 3)."""
     return torch.stack([torch.full_like(motion, FPS - 1), motion, augmentation], 1)
+
+
+def svd_condition(
+    shown: Clips, seed: torch.Generator, augmentation: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The first frame with noise on it as latents (B, T, C, h, w), its embedding (B, 1, CONTEXT), time ids (B, 3).
+
+    The noise is ``augmentation``, in standard deviations of a pixel; else SVD's: its logarithm is of N(-3, 0.5).
+    """
+    first, count = shown.video[:, 0], len(shown.video)
+    drawn = (0.5 * torch.randn(count, generator=seed) - 3).exp()
+    amount = drawn if augmentation is None else torch.full((count,), augmentation)
+    image = to_latents(first + amount[:, None, None] * torch.randn(first.shape, generator=seed))
+    frames = shown.video.shape[1]
+    return image[:, None].repeat(1, frames, 1, 1, 1), embed_image(first), time_ids(shown.motion, amount)
 
 
 # -------------------------------------------------------------------------------------------------------------- weights

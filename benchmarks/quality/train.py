@@ -27,10 +27,9 @@ from benchmarks.quality.models import (
     UNETS,
     WEIGHTS,
     ddim,
-    embed_image,
     embed_words,
     save,
-    time_ids,
+    svd_condition,
     to_latents,
 )
 
@@ -88,21 +87,6 @@ def _svd_loss(unet: nn.Module, shown: Clips, seed: torch.Generator) -> torch.Ten
     inputs = torch.cat([noisy, image * _dropped(count, seed)[..., None, None]], 2)
     predicted = unet(inputs, 0.25 * log_sigma, embedding * keep, ids, return_dict=False)[0]
     return (predicted - target).square().mean()
-
-
-def svd_condition(
-    shown: Clips, seed: torch.Generator, augmentation: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The first frame with noise on it as latents (B, T, C, h, w), its embedding (B, 1, CONTEXT), time ids (B, 3).
-
-    The noise is ``augmentation``, in standard deviations of a pixel; else SVD's: its logarithm is of N(-3, 0.5).
-    """
-    first, count = shown.video[:, 0], len(shown.video)
-    drawn = (0.5 * torch.randn(count, generator=seed) - 3).exp()
-    amount = drawn if augmentation is None else torch.full((count,), augmentation)
-    image = to_latents(first + amount[:, None, None] * torch.randn(first.shape, generator=seed))
-    frames = shown.video.shape[1]
-    return image[:, None].repeat(1, frames, 1, 1, 1), embed_image(first), time_ids(shown.motion, amount)
 
 
 def _animatediff_loss(unet: nn.Module, shown: Clips, seed: torch.Generator) -> torch.Tensor:
@@ -203,7 +187,9 @@ def run(trainer: Trainer, checkpoint: Path, pause_after_s: float | None = None) 
         if trainer.step % 50 == 0:
             pace = (now - start) / (trainer.step - first)
             left_s = pace * (trainer.recipe.steps - trainer.step)
-            print(f"step {trainer.step}: loss {trainer.recent:.4f}, {pace:.3f} s a step, {left_s:.0f} s left", flush=True)
+            print(
+                f"step {trainer.step}: loss {trainer.recent:.4f}, {pace:.3f} s a step, {left_s:.0f} s left", flush=True
+            )
         has_to_stop = pause_after_s is not None and now - start > pause_after_s
         if has_to_stop or now - saved > CHECKPOINT_S:
             trainer.checkpoint(checkpoint)
