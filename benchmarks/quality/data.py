@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
@@ -82,7 +82,7 @@ def digit_images() -> tuple[torch.Tensor, torch.Tensor]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ModuleNotFoundError(f"moving digits come from scikit-learn; next: {INSTALL}") from error
-    found = load_digits()
+    found: Any = load_digits()
     return torch.tensor(found.images, dtype=torch.float32) / 16, torch.tensor(found.target)
 
 

@@ -84,7 +84,7 @@ class Evaluation:
         fmecompile.optimize(self.unet, strict=True, **options)
         try:
             video = sample(self.model, self.unet, self.shown, steps=self.steps, seed=self.seed)
-            reuse = fmecompile.explain(self.unet).records[0].reuse
+            reuse: Any = fmecompile.explain(self.unet).records[0].reuse
             return video, reuse.values[0].saved if reuse is not None and len(reuse.values) == 1 else None
         finally:
             fmecompile.restore(self.unet)

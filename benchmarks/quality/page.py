@@ -164,7 +164,8 @@ def _legend(name: str, style: str, x: float, y: float) -> str:
 
 def scale(least: float, most: float) -> tuple[float, float, float]:
     """An axis around values: its ends and the distance of its rules, 1, 2 or 5 times a power of ten."""
-    rough = max(most - least, 1e-6) / 4
+    rough = max(most - least, 1.0) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * k for k in (1, 2, 5, 10) if power * k >= rough)
-    return math.floor(least / step) * step, math.ceil(most / step + 1e-9) * step, step
+    low = math.floor(least / step) * step
+    return low, max(math.ceil(most / step) * step, low + step), step

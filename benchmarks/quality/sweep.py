@@ -80,7 +80,7 @@ def entries(steps: int, counts: Iterable[int], similarity: Matrix | None) -> Ite
 
 
 def others(steps: int) -> Iterator[Entry]:
-    """Policies whose number of full steps cannot be chosen. Attention over one key costs nothing, so its is left alone."""
+    """Policies whose number of full steps cannot be chosen. Cross-attention is left alone: SVD's is over one key."""
     yield Entry.of("Pyramid Attention Broadcast", fmecompile.PyramidAttention(scale="progress", cross=None), steps)
 
 
@@ -95,7 +95,8 @@ def module_of_the_cut(model: str, unet: nn.Module, shown: Clips) -> str:
     fmecompile.optimize(unet, reuse=fmecompile.StepRehash(full_steps=2), strict=True)
     try:
         sample(model, unet, shown, steps=2)
-        return fmecompile.explain(unet).records[0].reuse.values[0].module
+        reuse: Any = fmecompile.explain(unet).records[0].reuse
+        return reuse.values[0].module
     finally:
         fmecompile.restore(unet)
 
