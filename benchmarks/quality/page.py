@@ -85,7 +85,8 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 def _cells(row: Row) -> Row:
     sources = [name for name in row if name.startswith(f"{METRIC}, ")]
-    return {name: "-" if row.get(name) is None else row[name] for name in (*COLUMNS, *sources)}
+    cells = {name: "-" if row.get(name) is None else row[name] for name in (*COLUMNS, *sources)}
+    return cells | {"perceptual": f"{row['perceptual']:.1e}"}
 
 
 def pivot(rows: Sequence[Row], metric: str) -> str:

@@ -6,8 +6,8 @@ steps are timed, and as many are taken as fit into ``--minutes``. A checkpoint i
 end of a shorter visit (``--pause-after``); the same command goes on from it, and as every step seeds its own clips,
 noise levels and noise, it ends with the same weights as a run without a break.
 
-On two cores of a CPU with AVX-512 a step of 8 clips takes about PLANNED_SVD s for ``svd`` and PLANNED_AD s for
-``animatediff``.
+A step of 8 clips takes 0.7 s of one core's time for ``svd`` and 0.6 s for ``animatediff`` (x86, AVX-512, float32). At
+an assumed gain of 1.6 from a second core, 18 minutes are 2400 and 2800 steps, and both models 36 minutes.
 """
 
 from __future__ import annotations
