@@ -23,6 +23,7 @@ from fmecompile.reuse import FULL, REUSE, Broadcast
 from fmecompile.reuse.policy import FeedbackPolicy, ProbePolicy
 from fmecompile.runtime.change import Frames, changes, motion
 from fmecompile.runtime.executable import Executable
+from fmecompile.runtime.guidance import Gap, gap_bytes
 from fmecompile.runtime.reusing import HEAD, Taken
 from tests.models import animatediff_call, small_animatediff, small_svd, svd_call
 from tests.test_step_reuse import MODELS, compiler, normalised, record, sampled
@@ -334,6 +335,45 @@ def test_a_value_that_a_later_cut_hides_is_kept_until_it_is_read() -> None:
     assert set(taken.plans) == {told.decision for told in taken.runs[-1]}
 
 
-def test_guidance_is_refused_before_anything_is_compiled() -> None:
-    with pytest.raises(fmecompile.OptionError, match=r"use FasterCache\(guidance=False\)"):
-        fmecompile.optimize(small_svd(), reuse=reuse.FasterCache())
+# ------------------------------------------------------------------------------------------------------------- guidance
+
+GUIDED = reuse.FasterCache(attention_after=2, guidance_after=2, guidance_every=4, low_until=9, high_from=0)
+
+
+@pytest.mark.parametrize(("build", "call"), MODELS)
+def test_a_skipped_branch_is_rebuilt(build: Callable[[], nn.Module], call: Callable[..., Any]) -> None:
+    """The conditional half is as exact as without the other; both come out of every step; nothing is left."""
+    model, inputs = build().double(), call(2, 3, 8, 8, torch.float64)
+    branch = reuse.FasterCache(attention=False, guidance_after=2, guidance_every=4, frequency_gain=1.0)
+    with torch.no_grad():
+        exact = sampled(model, inputs, STEPS)
+        fmecompile.optimize(model, reuse=branch, strict=True)
+        got = sampled(model, inputs, STEPS)
+        assert torch.allclose(got[1], exact[1], rtol=1e-10, atol=1e-10)
+        assert 0 < (got[0] - exact[0]).norm() < 0.1 * exact[0].norm()
+        fmecompile.optimize(model, reuse=GUIDED, strict=True)
+        first = sampled(model, inputs, STEPS)
+        assert torch.equal(sampled(model, inputs, STEPS), first)
+    assert [told.decision for told in record(model).runs[-1]] == list(GUIDED.plan(reuse.Steps(STEPS)))
+    assert 0 < (first - exact).norm() < 0.3 * exact.norm()
+    assert compiler(model).timeline.kept_bytes() == 0
+    plans = record(model).plans
+    assert plans[frozenset({reuse.UNCOND})].projected_peak_bytes < plans[FULL].projected_peak_bytes
+
+
+def test_a_gap_completes_what_it_was_taken_of() -> None:
+    output = torch.randn(4, 3, 10, 15)
+    gap = Gap.of(output)
+    assert torch.allclose(gap.completed(output[2:]), output, atol=1e-5)
+    assert gap.nbytes == gap_bytes(output.numel(), output.dtype)
+    spectrum = torch.fft.fftshift(gap.low[0, 0].abs() > 0)
+    assert int(spectrum.sum()) == 13  # whole numbers within a circle of radius 2
+    louder = gap.scaled(1.5, 1.0).completed(output[2:])
+    assert not torch.allclose(louder, output, atol=1e-3) and torch.equal(louder[2:], output[2:])
+
+
+def test_guidance_without_two_halves_is_refused() -> None:
+    model, inputs = small_svd(), svd_call(1, 3, 8, 8, torch.float32)
+    fmecompile.optimize(model, reuse=GUIDED, strict=True)
+    with torch.no_grad(), pytest.raises(fmecompile.OptionError, match="guidance is off"):
+        sampled(model, inputs, STEPS)

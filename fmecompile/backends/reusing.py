@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fmecompile.analysis.cuts import CutValue
 from fmecompile.backends.budgeted import within_budget
@@ -22,16 +22,16 @@ from fmecompile.capture.example import Example
 from fmecompile.capture.export import capture
 from fmecompile.capture.families import SCALAR_INPUTS
 from fmecompile.capture.shell import Shell
-from fmecompile.errors import OptionError
 from fmecompile.graph.plan import Plan
 from fmecompile.graph.program import Input, Program
 from fmecompile.graph.specs import node_spec
 from fmecompile.partition.tradeoffs import Limits
 from fmecompile.pipeline import Compilation, Record, lower_within, normalise
 from fmecompile.reuse.policy import Policy
-from fmecompile.reuse.steps import FULL, Decision, to_bits
+from fmecompile.reuse.steps import FULL, UNCOND, Decision, Steps, to_bits
 from fmecompile.runtime.executable import Compiled, Executable
 from fmecompile.runtime.generation import Timeline
+from fmecompile.runtime.guidance import halved
 from fmecompile.runtime.reusing import HEAD, Reusing, Runs, new_runs
 
 
@@ -39,7 +39,7 @@ from fmecompile.runtime.reusing import HEAD, Reusing, Runs, new_runs
 class ReuseRecord:
     """What is reused in one signature: the policy in words, the values, those that are measured, the plan of each kind
     of step so far (``HEAD`` for what runs before a policy decides), and what the steps of the latest runs did.
-    ``order`` is that of the forecast."""
+    ``order`` is that of the forecast, ``gap_bytes`` what the halves of guidance differ by."""
 
     policy: str
     values: tuple[CutValue, ...]
@@ -47,12 +47,14 @@ class ReuseRecord:
     notes: dict[Decision, str]
     watched: tuple[CutValue, ...] = ()
     order: int = 0
+    gap_bytes: int = 0
     runs: Runs = field(default_factory=new_runs)
 
     @property
     def kept_bytes(self) -> int:
         """Bytes of the values that are kept between steps."""
-        return sum(v.nbytes * (self.order + 1) for v in self.values) + sum(v.nbytes for v in self.watched)
+        values = sum(v.nbytes * (self.order + 1) for v in self.values)
+        return values + sum(v.nbytes for v in self.watched) + self.gap_bytes
 
     def __str__(self) -> str:
         lines = [f"{self.policy}; {len(self.plans)} programs so far"]
@@ -77,19 +79,11 @@ def _kind(decision: Decision) -> str:
 
 @dataclass(frozen=True)
 class ReusingCompiler:
-    """The compiler callback of a dispatcher whose module runs under ``policy``. Raises OptionError for one that is not
-    supported yet."""
+    """The compiler callback of a dispatcher whose module runs under ``policy``."""
 
     eager: EagerCompiler
     policy: Policy
     timeline: Timeline = field(default_factory=Timeline)
-
-    def __post_init__(self) -> None:
-        if self.policy.needs_guidance:
-            name = type(self.policy).__name__
-            raise OptionError(
-                f"{name} with guidance=True is not supported yet", next_step=f"use {name}(guidance=False)"
-            )
 
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -102,15 +96,20 @@ class ReusingCompiler:
                 shown(name)
 
             shell = Shell(module, forward)
-            compilation = Compilation(capture(shell, args, kwargs))
-            normalise(compilation, observe)
-            variants = _Variants(self, shell, Example.of(args, kwargs), compilation)
-            for decision in (HEAD, FULL) if variants.choice.crossing else (FULL,):
+            whole = _Captured.of(shell, args, kwargs, self.policy, observe)
+            half = None
+            if self.policy.needs_guidance:
+                self.policy.check(Steps(1), whole.batch % 2 == 0)
+                leaves, tree = tree_flatten((args, kwargs))
+                half_args, half_kwargs = tree_unflatten(halved(leaves, whole.batch), tree)
+                half = _Captured.of(shell, half_args, half_kwargs, self.policy)
+            variants = _Variants(self, shell, whole, half)
+            for decision in (HEAD, FULL) if whole.choice.crossing else (FULL,):
                 variants.make(decision, observe)
         timestep = _place_of_timestep(forward, args, kwargs)
         plan = max(variants.record.plans.values(), key=lambda plan: plan.projected_peak_bytes)
-        record = Record(plan, variants.example, tuple(notes), variants.allowance, variants.record)
-        places = _conditioning(compilation.program, timestep)
+        record = Record(plan, whole.example, tuple(notes), variants.allowance, variants.record)
+        places = _conditioning(whole.compilation.program, timestep)
         return Reusing(self.policy, variants, self.timeline, timestep, places, variants.record.runs), record
 
     def situation(self) -> Hashable:
@@ -118,22 +117,51 @@ class ReusingCompiler:
         return self.eager.situation()
 
 
-class _Variants:
-    """The programs of one signature, by what a step reuses."""
+@dataclass(frozen=True)
+class _Captured:
+    """One call of the module, normalised, and what is reused in it; ``batch`` is that of its first clip."""
 
-    def __init__(self, compiler: ReusingCompiler, shell: Shell, example: Example, compilation: Compilation) -> None:
-        self._compiler, self._shell, self._compilation = compiler, shell, compilation
-        self.example = example
+    example: Example
+    compilation: Compilation
+    choice: Choice
+    batch: int
+
+    @classmethod
+    def of(
+        cls, shell: Shell, args: tuple[Any, ...], kwargs: dict[str, Any], policy: Policy, observe: Any = None
+    ) -> _Captured:
+        compilation = Compilation(capture(shell, args, kwargs))
+        normalise(compilation, observe)
+        choice = Choice.of(policy, compilation.program, compilation.facts)
+        return cls(Example.of(args, kwargs), compilation, choice, choice.batch)
+
+    def inputs(self) -> Any:
+        """The arguments on fake tensors."""
+        return self.example.materialise(FakeTensorMode(allow_non_fake_inputs=True))
+
+    def variant(self, decision: Decision) -> tuple[Program, str]:
+        """The program of a step that reuses ``decision``, and what was done in words."""
+        program = self.compilation.program.copy()
+        return program, self.choice.rewrite(program, decision, self.compilation.facts)
+
+
+class _Variants:
+    """The programs of one signature, by what a step reuses; of its conditional ``half`` for steps without the other."""
+
+    def __init__(self, compiler: ReusingCompiler, shell: Shell, whole: _Captured, half: _Captured | None) -> None:
+        self._compiler, self._shell, self._whole, self._half = compiler, shell, whole, half
         self._lock = threading.RLock()
         self._made: dict[tuple[Decision, int], Executable] = {}
         self._renewed: dict[Decision, frozenset[str]] = {}
-        policy = compiler.policy
-        self.choice = choice = Choice.of(policy, compilation.program, compilation.facts)
-        self.components = choice.components
+        choice = whole.choice
+        self.components, self.frames, self.batch = choice.components, choice.frames, whole.batch
         self.probes = tuple(cut.name for cut in choice.probes)
-        self.frames = choice.frames
-        self.record = ReuseRecord(policy.describe(), choice.values, {}, {}, choice.watched, choice.order)
+        policy = compiler.policy.describe()
+        self.record = ReuseRecord(policy, choice.values, {}, {}, choice.watched, choice.order, choice.gap_bytes)
         self.allowance: Any = None
+
+    def _captured(self, decision: Decision) -> _Captured:
+        return self._half if self._half is not None and UNCOND in decision else self._whole
 
     def __call__(self, decision: Decision, elsewhere_bytes: int = 0) -> Executable:
         """The program of a step that reuses ``decision``, or the head of every step, while other branches keep
@@ -149,30 +177,26 @@ class _Variants:
         """The cuts whose value such a step computes; another may be dead because a later one is reused."""
         with self._lock:
             if decision not in self._renewed:
-                program = self._compilation.program.copy()
-                self.choice.rewrite(program, decision, self._compilation.facts)
+                program, _ = self._captured(decision).variant(decision - {UNCOND})
                 self._renewed[decision] = frozenset(program.keeps)
             return self._renewed[decision]
 
     def make(self, decision: Decision, observe: Any = None, elsewhere_bytes: int = 0) -> Executable:
         """Compile one of them."""
-        program = self._compilation.program.copy()
-        note = self.choice.rewrite(program, decision, self._compilation.facts)
-        compilation = replace(self._compilation, program=program, notes=[])
+        captured = self._captured(decision)
+        program, note = captured.variant(decision - {UNCOND})
+        compilation = replace(captured.compilation, program=program, notes=[])
         compilation.done("step-reuse", note, observe)
-        kept_bytes = self.choice.held_bytes(program) + elsewhere_bytes
+        kept_bytes = captured.choice.held_bytes(program) + elsewhere_bytes
         make = partial(self._lower, compilation, observe)
         eager = self._compiler.eager
         compiled, plan, allowance = within_budget(
-            self._shell, self._inputs(), eager.budget, eager.wishes, make, kept_bytes
+            self._shell, captured.inputs(), eager.budget, eager.wishes, make, kept_bytes
         )
         self.allowance = self.allowance or allowance
         self.record.plans[decision], self.record.notes[decision] = plan, note
         made = self._made[decision, elsewhere_bytes] = Executable(compiled, self._shell.module)
         return made
-
-    def _inputs(self) -> Any:
-        return self.example.materialise(FakeTensorMode(allow_non_fake_inputs=True))
 
     def _lower(self, compilation: Compilation, observe: Any, limits: Limits) -> tuple[Compiled, Plan]:
         return lower_within(compilation, self._compiler.eager.saved, limits, observe)
