@@ -176,7 +176,9 @@ def test_no_work_is_wasted(denoiser: tuple[nn.Module, Any, Compilation], policy:
 # ----------------------------------------------------------------------------------------------------- what is measured
 
 
-def test_changes_are_relative_and_of_the_tokens_that_changed() -> None:
+@pytest.mark.parametrize("part", [1, 2**22])
+def test_changes_are_relative_and_of_the_tokens_that_changed(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fmecompile.runtime.change.PART", part)
     then = torch.ones(2, 4, 3, 3, dtype=torch.float64)
     now = then.clone()
     now[:, :, 0, 0] = 1.9
