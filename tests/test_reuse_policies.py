@@ -206,8 +206,8 @@ def _errors(scale: float) -> dict[int, tuple[float, ...]]:
 
 ALWAYS = (0.0, 1000.0)
 POLICIES = {
-    "first-block": reuse.FirstBlockCache(threshold=0.1),
-    "db": reuse.DBCache(head_blocks=3, tail_blocks=2, warm_up_steps=1, threshold=0.1, token_threshold=0.01),
+    "first-block": reuse.FirstBlockCache(threshold=0.3),
+    "db": reuse.DBCache(head_blocks=3, tail_blocks=2, warm_up_steps=1, threshold=0.3, token_threshold=0.01),
     "tea": reuse.TeaCache(threshold=0.2),
     "tea-forecast": reuse.TeaCache(threshold=1.5, indicator="time_embedding", cut="auto", mode="forecast"),
     "ada": reuse.AdaCache(codebook=((0.3, 2), (1.0, 1))),

@@ -120,7 +120,7 @@ def _chosen(policy: Policy, cuts: Cuts, component: str, head: set[str]) -> list[
     """The values of one component, without those that the head of every step computes anyway."""
     wanted = policy.cuts[component]
     found = [value for value in cuts.named(wanted, policy.mode) if value.value not in head]
-    if not any(value.saved > 0 for value in found):
+    if cuts.saved_by(found) <= 0:
         raise OptionError(
             f"{wanted!r} can be reused, and nothing would be saved by it",
             next_step='name a later value, or use cut="auto"',
