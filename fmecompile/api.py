@@ -25,6 +25,7 @@ from fmecompile.pipeline import Compilation, Observe, finish
 from fmecompile.reuse.policy import Policy
 from fmecompile.runtime.dispatch import Dispatcher, find, plain_forward
 from fmecompile.runtime.exclusion import EXCLUSION
+from fmecompile.runtime.generation import Timeline
 from fmecompile.runtime.whole_clip import WholeClip, can_decode_whole, find_whole_clip
 
 Target = TypeVar("Target")
@@ -78,7 +79,7 @@ def optimize(
     if budget is not None:
         budget.require_weights(found)
     compiler = EagerCompiler(() if plan is None else (plan,), _progress, budget, _wishes(spill, max_chunks))
-    compilers = {path: _reusing(path, compiler, policy) for path in found}
+    compilers = {path: _reusing(path, compiler, policy, target) for path in found}
     _install(target, [_dispatcher(module, compilers[path], strict) for path, module in found.items()])
     return target
 
@@ -93,8 +94,12 @@ def _policy(reuse: object, found: dict[str, nn.Module]) -> Policy | None:
     return reuse
 
 
-def _reusing(path: str, compiler: EagerCompiler, policy: Policy | None) -> EagerCompiler | ReusingCompiler:
-    return compiler if policy is None or not is_denoiser(path) else ReusingCompiler(compiler, policy)
+def _reusing(
+    path: str, compiler: EagerCompiler, policy: Policy | None, target: object
+) -> EagerCompiler | ReusingCompiler:
+    if policy is None or not is_denoiser(path):
+        return compiler
+    return ReusingCompiler(compiler, policy, Timeline(target if is_pipeline(target) else None))
 
 
 def _wishes(spill: bool | None, max_chunks: int | None) -> Wishes:

@@ -38,6 +38,7 @@ from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
 from fmecompile.passes.fold_constants import FoldConstants
 from fmecompile.passes.fuse_norm import FuseNorm
+from fmecompile.passes.one_key import OneKey
 from fmecompile.passes.relax_views import RelaxViews
 from fmecompile.passes.sink_producers import SinkProducers
 from fmecompile.passes.two_pass_norm import TwoPassNorm
@@ -46,6 +47,7 @@ from fmecompile.runtime.executable import Compiled, Slot
 PASSES = (
     DropNoops(),
     RelaxViews(),
+    OneKey(),
     FoldConstants(),
     EliminateCommon(),
     DropNoops(),

@@ -21,29 +21,29 @@ from fmecompile.graph.program import Program, compute_nodes
 from fmecompile.graph.specs import TensorSpec, node_spec, tensor_spec
 from fmecompile.runtime.host import to_device, to_host
 
-Cut = tuple[str, str]
+Wait = tuple[str, str]
 """A value that owns its storage, and the call from which on its readers get a copy back; by name."""
 
 
 @dataclass(frozen=True)
 class Spill:
-    """Cut the live ranges of values, each in front of a call."""
+    """Let values wait, each up to a call."""
 
-    cuts: Sequence[Cut]
+    waits: Sequence[Wait]
 
     def apply(self, program: Program, facts: FactTable) -> str:
         moved = 0
-        for owner, at in self.cuts:
+        for owner, at in self.waits:
             nodes = compute_nodes(program.graph)
             named = {node.name: node for node in nodes}
             held = storages(nodes, program.outputs, facts)
             moved += held.nbytes[held.position[named[owner]]]
-            _cut(named[owner], held.position[named[at]], held, facts)
+            _spilled(named[owner], held.position[named[at]], held, facts)
             edit.drop_dead(program.graph)  # views of the owner that nothing reads any more would keep it waiting
-        return f"{len(self.cuts)} values wait in host memory, {moved / 2**20:.0f} MiB" if moved else "no value moved"
+        return f"{len(self.waits)} values wait in host memory, {moved / 2**20:.0f} MiB" if moved else "no value moved"
 
 
-def _cut(owner: fx.Node, at: int, held: Storages, facts: FactTable) -> None:
+def _spilled(owner: fx.Node, at: int, held: Storages, facts: FactTable) -> None:
     device = tensor_spec(owner).device
     host = edit.insert_before(owner.next, to_host, (owner,), like=owner)
     edit.annotate([host], facts)

@@ -74,7 +74,13 @@ def copied(program: Program) -> Program:
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, {}))
     return Program(
-        graph, list(program.bindings), program.out_spec, dict(program.literals), program.constants, program.keeps
+        graph,
+        list(program.bindings),
+        program.out_spec,
+        dict(program.literals),
+        program.constants,
+        program.keeps,
+        program.prologue,
     )
 
 

@@ -33,7 +33,7 @@ from fmecompile.operators.registry import tensor
 from fmecompile.partition.layout import can_overlay
 from fmecompile.partition.nests import Nest
 from fmecompile.partition.partition import Partitioner
-from fmecompile.runtime.chunk_loop import ChunkLoop, Cut, LoopAxis, LoopSpec, Narrow, Output
+from fmecompile.runtime.chunk_loop import ChunkLoop, LoopAxis, LoopSpec, Narrow, Output, Slicing
 from fmecompile.runtime.measure import StorageMeter
 
 aten = torch.ops.aten
@@ -237,9 +237,9 @@ def test_the_inner_part_of_a_merged_axis_is_cut_through_a_view(chunk: int) -> No
     """A slice of frames out of rows [batch, frames] is no slice of rows: the row axis is viewed as two first."""
     program, batch, frames = merged()
     loop, _ = loop_of(program, Looped(1, 4, frames, chunk))
-    assert loop.spec.cuts[0] is not None and loop.spec.cuts[0].shape == (3, 4, 3)
+    assert loop.spec.slicings[0] is not None and loop.spec.slicings[0].shape == (3, 4, 3)
     outer, _ = loop_of(program, Looped(1, 4, batch, 2))
-    assert outer.spec.cuts[0] is not None and outer.spec.cuts[0].shape is None
+    assert outer.spec.slicings[0] is not None and outer.spec.slicings[0].shape is None
     assert_chunks_equal(
         program,
         [
@@ -255,7 +255,7 @@ def test_a_nest_of_merged_rows_is_one_slice() -> None:
     """One row of batch, then some frames: contiguous rows again, no view needed."""
     program, batch, frames = merged()
     loop, _ = loop_of(program, Looped(1, 4, batch + frames, 2))
-    assert loop.spec.cuts[0] is not None and loop.spec.cuts[0].shape is None
+    assert loop.spec.slicings[0] is not None and loop.spec.slicings[0].shape is None
     assert loop.spec.trips == 6
 
 
@@ -269,14 +269,14 @@ def test_trips_write_every_row_once(case: tuple[Program, tuple[Looped, ...]]) ->
     loops, _ = with_loops(copied(program), *groups)
     for loop in loops.values():
         for k, output in enumerate(loop.spec.outputs):
-            written = torch.zeros(output.cut.shape or output.shape)
+            written = torch.zeros(output.slicing.shape or output.shape)
             for _, _, writes in loop._trips:
                 target = written
                 for dim, start, length in writes[k]:
                     assert start + length <= target.shape[dim]
                     target = target.narrow(dim, start, length)
                 target += 1
-            lacking = set(range(len(loop.spec.axes))) - {axis for n in output.cut.narrows for axis, _ in n.terms}
+            lacking = set(range(len(loop.spec.axes))) - {axis for n in output.slicing.narrows for axis, _ in n.terms}
             times = prod(loop.spec.axes[axis].trips for axis in lacking)
             assert bool((written == times).all())
             assert output.takes is None or not lacking
@@ -292,9 +292,9 @@ def traced(function: Callable[..., Any], operands: int) -> fx.GraphModule:
     return fx.GraphModule(nn.Module(), graph)
 
 
-def rows(chunk: int, *, of: int = 0) -> Cut:
+def rows(chunk: int, *, of: int = 0) -> Slicing:
     del chunk
-    return Cut((Narrow(of, ((0, 1),), 1, True),))
+    return Slicing((Narrow(of, ((0, 1),), 1, True),))
 
 
 def by_hand(size: int = 5, chunk: int = 2) -> ChunkLoop:

@@ -142,7 +142,7 @@ def program_of(name: str) -> Program:
 
 def halo_rows(spec: LoopSpec) -> int:
     """The most rows of the innermost atom that a trip reads on one side of its chunk."""
-    narrows = [n for cut in spec.cuts if cut is not None for n in cut.narrows if n.halo != (0, 0)]
+    narrows = [n for part in spec.slicings if part is not None for n in part.narrows if n.halo != (0, 0)]
     return max((-(-max(n.halo) * spec.axes[-1].size // n.extent) for n in narrows), default=0)
 
 
@@ -201,9 +201,9 @@ def check_structure(one: Built) -> None:
 
 def check_only_the_innermost_has_halos(loop: ChunkLoop) -> None:
     last = len(loop.spec.axes) - 1
-    for narrow in (n for cut in loop.spec.cuts if cut is not None for n in cut.narrows if n.halo != (0, 0)):
+    for narrow in (n for part in loop.spec.slicings if part is not None for n in part.narrows if n.halo != (0, 0)):
         assert narrow.inner and [axis for axis, _ in narrow.terms] == [last]
-    assert all(n.halo == (0, 0) for output in loop.spec.outputs for n in output.cut.narrows)
+    assert all(n.halo == (0, 0) for output in loop.spec.outputs for n in output.slicing.narrows)
     assert all(axis.chunk == 1 for axis in loop.spec.axes[:-1])
 
 
@@ -211,9 +211,9 @@ def check_nothing_that_others_read_is_taken(one: Built) -> None:
     """No operand whose storage any trip reads beyond its own slice."""
     spec, operands = one.loop.spec, one.group.operands
     taken = {one.roots[operands[output.takes]] for output in spec.outputs if output.takes is not None}
-    for operand, cut in zip(operands, spec.cuts, strict=True):
+    for operand, part in zip(operands, spec.slicings, strict=True):
         if one.roots.get(operand) in taken:
-            assert cut is not None and all(n.halo == (0, 0) for n in cut.narrows)
+            assert part is not None and all(n.halo == (0, 0) for n in part.narrows)
 
 
 def check_bodies_are_shared(loop: ChunkLoop) -> None:

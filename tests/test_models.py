@@ -155,7 +155,7 @@ def loops_of(module: nn.Module) -> list[LoopSpec]:
 
 
 def has_halo(spec: LoopSpec) -> bool:
-    return any(narrow.halo != (0, 0) for cut in spec.cuts if cut is not None for narrow in cut.narrows)
+    return any(narrow.halo != (0, 0) for part in spec.slicings if part is not None for narrow in part.narrows)
 
 
 def test_video_decoder() -> None:

@@ -21,7 +21,7 @@ from fmecompile.capture.export import capture
 from fmecompile.graph import edit
 from fmecompile.graph.group import Group
 from fmecompile.graph.invariants import check
-from fmecompile.graph.program import Binding, Constant, Input, Program, Weight, compute_nodes
+from fmecompile.graph.program import Binding, Coefficient, Constant, Input, Kept, Program, Weight, compute_nodes
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.operators.registry import tensor
 from fmecompile.partition.partition import Partitioner
@@ -30,14 +30,16 @@ from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
 from fmecompile.passes.fold_constants import FoldConstants
 from fmecompile.passes.fuse_norm import FuseNorm
+from fmecompile.passes.one_key import OneKey
+from fmecompile.passes.prologue import Prologue
 from fmecompile.passes.recompute import Recompute
 from fmecompile.passes.relax_views import RelaxViews
 from fmecompile.passes.sink_producers import SinkProducers
-from fmecompile.passes.spill import Cut as SpillCut
-from fmecompile.passes.spill import Spill
+from fmecompile.passes.spill import Spill, Wait
+from fmecompile.passes.step_reuse import Cut, StepReuse
 from fmecompile.passes.two_pass_norm import TwoPassNorm
 from fmecompile.pipeline import PASSES, Compilation, finish, pass_name
-from fmecompile.runtime.chunk_loop import ChunkLoop, Cut, LoopSpec, Narrow
+from fmecompile.runtime.chunk_loop import ChunkLoop, LoopSpec, Narrow, Slicing
 from fmecompile.runtime.executable import Executable
 
 aten = torch.ops.aten
@@ -81,11 +83,11 @@ def text_of(graph: fx.Graph, indent: str = "  ") -> str:
     return "".join(f"{indent}{line_of(node)}\n" for node in graph.nodes)
 
 
-def cut_text(cut: Cut | None) -> str:
-    if cut is None:
+def slicing_text(slicing: Slicing | None) -> str:
+    if slicing is None:
         return "whole"
-    spans = ", ".join(map(narrow_text, cut.narrows))
-    return spans + (f", viewed as {list(cut.shape)}" if cut.shape else "")
+    spans = ", ".join(map(narrow_text, slicing.narrows))
+    return spans + (f", viewed as {list(slicing.shape)}" if slicing.shape else "")
 
 
 def narrow_text(n: Narrow) -> str:
@@ -96,11 +98,11 @@ def narrow_text(n: Narrow) -> str:
 
 def spec_text(spec: LoopSpec) -> str:
     lines = [f"  axes {', '.join(f'{axis.size} by {axis.chunk}' for axis in spec.axes)}\n"]
-    lines += [f"  operand {k}: {cut_text(cut)}\n" for k, cut in enumerate(spec.cuts)]
+    lines += [f"  operand {k}: {slicing_text(slicing)}\n" for k, slicing in enumerate(spec.slicings)]
     for k, output in enumerate(spec.outputs):
         into = "a new tensor" if output.takes is None else f"operand {output.takes}"
         into = "host memory" if output.host_of is not None else into
-        lines.append(f"  output {k}: {cut_text(output.cut)}; {list(output.shape)} into {into}\n")
+        lines.append(f"  output {k}: {slicing_text(output.slicing)}; {list(output.shape)} into {into}\n")
     return "".join(lines)
 
 
@@ -316,6 +318,51 @@ CASES: list[Golden] = [
 ]
 
 
+def attended(x: torch.Tensor, c: torch.Tensor, q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Two heads; of ``c`` there is one row."""
+    queries, values = F.linear(x, q).view(1, 4, 2, 3).transpose(1, 2), F.linear(c, v).view(1, -1, 2, 3).transpose(1, 2)
+    return F.scaled_dot_product_attention(queries, values, values).transpose(1, 2).reshape(4, 6) + x
+
+
+def conditioned(x: torch.Tensor, c: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """What is made of ``c`` alone is the same at every step; its sine takes no work worth the bytes."""
+    return F.silu(x) * F.linear(c.exp(), w) + c.sin()
+
+
+SQUARES = (noise(6, 6, seed=5), noise(6, 6, seed=6))
+MIDDLE = (Cut("middle", "exp", "middle"),)
+CASES += [
+    Golden(OneKey(), "one_row", attended, (noise(4, 6), noise(1, 6, seed=1)), SQUARES),
+    Golden(OneKey(), "two_rows", attended, (noise(4, 6), noise(2, 6, seed=1)), SQUARES, idle=True),
+    Golden(
+        Prologue(frozenset({0}), share=1.0), "conditions", conditioned, (noise(4, 6), noise(6, seed=1)), SQUARES[:1]
+    ),
+    Golden(
+        Prologue(frozenset({0, 1})),
+        "all_may_change",
+        conditioned,
+        (noise(4, 6), noise(6, seed=1)),
+        SQUARES[:1],
+        idle=True,
+    ),
+    Golden(StepReuse(MIDDLE), "full", skipped),
+    Golden(StepReuse(MIDDLE, frozenset({"middle"})), "shallow", skipped),
+    Golden(StepReuse((Cut("middle", "tanh", "middle", "silu"),), frozenset({"middle"})), "residual", skipped),
+    Golden(StepReuse(MIDDLE, frozenset({"middle"}), order=2), "forecast", skipped),
+]
+
+
+def kept_before(golden: Golden, program: Program, case: Case) -> dict[tuple[str, int], torch.Tensor]:
+    """What a full step on the same inputs keeps, and differences of zero."""
+    if not isinstance(golden.item, StepReuse) or not golden.item.reused:
+        return {}
+    full = copied(program)
+    StepReuse(golden.item.cuts).apply(full, FACTS)
+    values = run(full, case, golden.inputs, everything=True)[-len(full.keeps) :]
+    kept = {(name, 0): value for name, value in zip(full.keeps, values, strict=True)}
+    return kept | {(n, k): torch.zeros_like(v) for (n, _), v in kept.items() for k in range(1, golden.item.order + 1)}
+
+
 def captured(case: Case, inputs: Sequence[torch.Tensor], passes: Sequence[Any] = ()) -> Program:
     program = capture(case.eval(), tuple(inputs), {})
     edit.annotate(compute_nodes(program.graph), FACTS)
@@ -326,9 +373,17 @@ def captured(case: Case, inputs: Sequence[torch.Tensor], passes: Sequence[Any] =
 
 
 def run(
-    program: Program, case: Case, inputs: Sequence[torch.Tensor], loops: dict[str, ChunkLoop] | None = None
+    program: Program,
+    case: Case,
+    inputs: Sequence[torch.Tensor],
+    loops: dict[str, ChunkLoop] | None = None,
+    kept: dict[tuple[str, int], torch.Tensor] | None = None,
+    *,
+    everything: bool = False,
 ) -> list[Any]:
-    """Run a copy of the program as it is now."""
+    """Run a copy of the program as it is now, its prologue first; with ``everything`` also return what it keeps."""
+    made = run(program.prologue, case, inputs, everything=True) if program.prologue is not None else []
+    first = {(f"prologue:{k}", 0): value for k, value in enumerate(made)} | (kept or {})
     constants = program.constants(*program.literals.values()) if program.constants is not None else ()
 
     def operand(binding: Binding) -> torch.Tensor:
@@ -336,11 +391,16 @@ def run(
             return case.get_parameter(binding.name)
         if isinstance(binding, Input):
             return inputs[binding.leaf]
+        if isinstance(binding, Kept):
+            return first[binding.name, binding.order]
+        if isinstance(binding, Coefficient):
+            return torch.tensor(2.0, dtype=torch.float64)
         return constants[binding.index] if isinstance(binding, Constant) else program.literals[binding.name]
 
     torch.manual_seed(0)
     with torch.no_grad():
-        return list(module_of(copied(program), loops)(*map(operand, program.bindings)))
+        values = list(module_of(copied(program), loops)(*map(operand, program.bindings)))
+    return values if everything else values[: len(values) - len(program.keeps)]
 
 
 def compare(path: Path, text: str, update: bool) -> None:
@@ -356,20 +416,23 @@ def test_golden(golden: Golden, update_golden: bool) -> None:
     case = Case(golden.function, *golden.weights)
     program = captured(case, golden.inputs, golden.first)
     before, want = text_of(program.graph), run(program, case, golden.inputs)
+    kept = kept_before(golden, program, case)
     note = golden.item.apply(program, FACTS)
     edit.annotate(compute_nodes(program.graph), FACTS)
     check(program)
     after = text_of(program.graph)
-    assert_same(run(program, case, golden.inputs), want)
+    assert_same(run(program, case, golden.inputs, kept=kept), want)
     constants = text_of(program.constants.graph) if program.constants is not None else ""
+    prologue = text_of(program.prologue.graph) if program.prologue is not None else ""
     text = f"before\n{before}\nafter: {note}\n{after}" + (f"\nconstants\n{constants}" if constants else "")
+    text += f"\nprologue\n{prologue}" if prologue else ""
     compare(golden.path, text, update_golden)
     assert (before == after) == golden.idle
     says_nothing = re.match(r"nothing |no |every value |0 \w+ \w+, 0 ", note) is not None
     assert says_nothing == golden.idle, "a pass with nothing to do says so"
 
 
-BY_NAME = (Recompute, Spill)
+BY_NAME = (Recompute, Spill, StepReuse)
 """What they are asked for names calls of the graph as it was before."""
 
 
@@ -435,7 +498,7 @@ class LoopCase:
     last: str
     axes: tuple[tuple[int, int], ...]
     chunk: int
-    spilled: tuple[SpillCut, ...] = ()
+    spilled: tuple[Wait, ...] = ()
 
 
 MLP = ((noise(5, 6),), (noise(6, seed=1), noise(9, 6, seed=2), noise(6, 9, seed=3)))

@@ -44,7 +44,7 @@ from fmecompile.partition.candidates import Candidate
 from fmecompile.partition.tradeoffs import CHEAP_WORK, FREE_WORK, Limits
 from fmecompile.passes.recompute import Recompute
 from fmecompile.passes.recompute import chains as recomputable
-from fmecompile.passes.spill import Cut, Spill
+from fmecompile.passes.spill import Spill, Wait
 from fmecompile.pipeline import NO_LIMITS, Compilation, compile_module, compile_program
 from fmecompile.runtime import chunk_loop, host
 from fmecompile.runtime.chunk_loop import ChunkLoop, LoopAxis, LoopSpec, Narrow, Output
@@ -438,7 +438,7 @@ def host_writing_loop(body: Callable[[torch.Tensor], torch.Tensor]) -> ChunkLoop
     graph = fx.Graph()
     x = graph.placeholder("part_0")
     graph.output((graph.call_function(body, (x,)),))
-    rows = chunk_loop.Cut((Narrow(0, ((0, 1),), 1, True),))
+    rows = chunk_loop.Slicing((Narrow(0, ((0, 1),), 1, True),))
     output = Output(rows, (4, 6), (6, 1), F64, host_of=CPU)
     spec = LoopSpec((LoopAxis(4, 1),), (rows,), (output,), (0, 0, 0, 0))
     return ChunkLoop(spec, [fx.GraphModule(nn.Module(), graph)])
@@ -548,7 +548,7 @@ def test_chains_within_a_limit_equal_chains_without() -> None:
 
 
 @st.composite
-def cuts_in(draw: st.DrawFn, program: Program) -> Cut | None:
+def waits_in(draw: st.DrawFn, program: Program) -> Wait | None:
     """Any value that is read again, in front of any call up to its last reader."""
     nodes = compute_nodes(program.graph)
     held = storages(nodes, program.outputs, FACTS)
@@ -571,7 +571,7 @@ def test_chains_with_values_in_host_memory_equal_chains_without() -> None:
         tensors = tensors_of(program)
         want = module_of(copied(program))(*tensors)
         for _ in range(data.draw(st.integers(1, 3))):
-            cut = data.draw(cuts_in(program))
+            cut = data.draw(waits_in(program))
             if cut is not None:
                 Spill((cut,)).apply(program, FACTS)
                 check(program)

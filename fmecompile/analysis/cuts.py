@@ -12,6 +12,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import permutations
 
 import networkx as nx
 import torch
@@ -260,9 +261,9 @@ class Cuts:
         for node in self.nodes:
             operands = node.args[0] if node.target is aten.cat.default else ()
             if isinstance(operands, (list, tuple)) and len(operands) == 2:
-                early, late = sorted((n for n in operands if isinstance(n, fx.Node)), key=self.place.__getitem__)
-                if early in before([late]):
-                    found.append((early, late))
+                joined = [node for node in operands if isinstance(node, fx.Node)]
+                pairs = permutations(joined, 2)
+                found += [(early, late) for early, late in pairs if before([late]) & set(_waiting(early))]
         return found
 
     def results_of(self, pattern: str) -> list[CutValue]:
@@ -340,6 +341,13 @@ def _largest_input(program: Program) -> list[fx.Node]:
     bound = zip(program.placeholders, program.bindings, strict=True)
     inputs = [node for node, binding in bound if isinstance(binding, Input)]
     return [max(inputs, key=lambda node: tensor_spec(node).numel)] if inputs else []
+
+
+def _waiting(node: fx.Node) -> Iterator[fx.Node]:
+    """What may wait as a skip connection: ``node``, and what an input was added to for it, as a ControlNet's is."""
+    yield node
+    if node.target is aten.add.Tensor and any(operand.op == "placeholder" for operand in node.all_input_nodes):
+        yield from (operand for operand in node.all_input_nodes if operand.op != "placeholder")
 
 
 def numbers(name: str, most: int) -> list[int]:

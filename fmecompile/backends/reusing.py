@@ -18,6 +18,7 @@ from fmecompile.analysis.cuts import CutValue
 from fmecompile.backends.budgeted import within_budget
 from fmecompile.backends.choice import Choice
 from fmecompile.backends.eager import EagerCompiler
+from fmecompile.budget import Allowance
 from fmecompile.capture.example import Example
 from fmecompile.capture.export import capture
 from fmecompile.capture.families import SCALAR_INPUTS
@@ -49,6 +50,7 @@ class ReuseRecord:
     order: int = 0
     gap_bytes: int = 0
     runs: Runs = field(default_factory=new_runs)
+    allowances: dict[Decision, Allowance] = field(default_factory=dict)
 
     @property
     def kept_bytes(self) -> int:
@@ -65,6 +67,7 @@ class ReuseRecord:
         for decision, plan in self.plans.items():
             peak = f"{plan.projected_peak_bytes / 2**20:.1f} MiB projected"
             lines.append(f"  {_kind(decision)}: {peak}; {self.notes[decision]}")
+            lines += [f"    {self.allowances[decision]}"] if decision in self.allowances else []
         lines += [
             f"  latest run, 1 for a full step: {to_bits(t.decision for t in run)}" for run in list(self.runs)[-1:]
         ]
@@ -165,13 +168,11 @@ class _Variants:
 
     def __call__(self, decision: Decision, elsewhere_bytes: int = 0) -> Executable:
         """The program of a step that reuses ``decision``, or the head of every step, while other branches keep
-        ``elsewhere_bytes``."""
-        has_budget = self._compiler.eager.budget is not None
-        key = (decision, elsewhere_bytes if has_budget else 0)
+        ``elsewhere_bytes``, or more."""
+        least = elsewhere_bytes if self._compiler.eager.budget is not None else 0
         with self._lock:
-            if key not in self._made:
-                self._made[key] = self.make(decision, None, key[1])
-            return self._made[key]
+            fitting = (made for (kind, most), made in self._made.items() if kind == decision and most >= least)
+            return next(fitting, None) or self.make(decision, None, least)
 
     def renewed(self, decision: Decision) -> frozenset[str]:
         """The cuts whose value such a step computes; another may be dead because a later one is reused."""
@@ -194,6 +195,8 @@ class _Variants:
             self._shell, captured.inputs(), eager.budget, eager.wishes, make, kept_bytes
         )
         self.allowance = self.allowance or allowance
+        if allowance is not None:
+            self.record.allowances[decision] = allowance
         self.record.plans[decision], self.record.notes[decision] = plan, note
         made = self._made[decision, elsewhere_bytes] = Executable(compiled, self._shell.module)
         return made

@@ -6,7 +6,7 @@ from textwrap import indent
 
 from torch import fx
 
-from fmecompile.runtime.chunk_loop import ChunkLoop, Cut
+from fmecompile.runtime.chunk_loop import ChunkLoop, Slicing
 
 
 def readable(module: fx.GraphModule) -> str:
@@ -23,10 +23,14 @@ def _loop(name: str, loop: ChunkLoop, shown: dict[fx.GraphModule, str]) -> str:
     spec = loop.spec
     axes = " x ".join(f"{axis.size} rows by {axis.chunk}" for axis in spec.axes)
     lines = [f"# {name}: {spec.trips} trips over {axes}"]
-    lines += [f"#   reads operand {k} cut by {_cut(cut)}" for k, cut in enumerate(spec.cuts) if cut is not None]
+    lines += [
+        f"#   reads operand {k} sliced by {_slicing(slicing)}"
+        for k, slicing in enumerate(spec.slicings)
+        if slicing is not None
+    ]
     for k, output in enumerate(spec.outputs):
         where = "allocated" if output.takes is None else f"over operand {output.takes}"
-        lines.append(f"#   writes result {k} {output.shape} {where}, cut by {_cut(output.cut)}")
+        lines.append(f"#   writes result {k} {output.shape} {where}, sliced by {_slicing(output.slicing)}")
     for kind, body in enumerate(loop.bodies):
         assert isinstance(body, fx.GraphModule)
         role = f"body {kind}"
@@ -38,6 +42,6 @@ def _loop(name: str, loop: ChunkLoop, shown: dict[fx.GraphModule, str]) -> str:
     return "\n".join(lines)
 
 
-def _cut(cut: Cut) -> str:
-    dims = ", ".join(f"dim {narrow.dim}" for narrow in cut.narrows)
-    return dims if cut.shape is None else f"{dims} of its view {cut.shape}"
+def _slicing(slicing: Slicing) -> str:
+    dims = ", ".join(f"dim {narrow.dim}" for narrow in slicing.narrows)
+    return dims if slicing.shape is None else f"{dims} of its view {slicing.shape}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class Program:
     Placeholders stand in the order of ``bindings``. The output node's argument is a flat tuple that ``out_spec``
     unflattens; behind those that it takes follow the values kept for later steps, named by ``keeps``. ``constants``
     maps the values of ``literals``, in order, to the values of :class:`Constant` bindings.
+    ``prologue`` makes once per generation what some :class:`Kept` bindings take.
     """
 
     graph: fx.Graph
@@ -72,12 +73,13 @@ class Program:
     literals: dict[str, torch.Tensor]
     constants: fx.GraphModule | None = None
     keeps: tuple[str, ...] = ()
+    prologue: Program | None = None
 
     def copy(self) -> Program:
         """The same program with a graph of its own; nodes keep their names."""
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph, {}))
-        return Program(graph, list(self.bindings), self.out_spec, dict(self.literals), self.constants, self.keeps)
+        return replace(self, graph=graph, bindings=list(self.bindings), literals=dict(self.literals))
 
     @property
     def placeholders(self) -> list[fx.Node]:

@@ -21,12 +21,12 @@ from fmecompile.graph.program import compute_nodes
 from fmecompile.graph.specs import node_spec, specs_in, tensor_spec
 from fmecompile.operators import RULES
 from fmecompile.operators.registry import Halo, positional
-from fmecompile.partition.layout import can_overlay, cut_of, local_shape, piece_spec, unit_of
+from fmecompile.partition.layout import can_overlay, local_shape, piece_spec, slicing_of, unit_of
 from fmecompile.partition.nests import Nest, roles
 from fmecompile.partition.reach import Reach, Rows, reach
 from fmecompile.partition.region import Region
 from fmecompile.passes.fuse_norm import fuse_norms
-from fmecompile.runtime.chunk_loop import Cut, LoopAxis, LoopSpec, Output
+from fmecompile.runtime.chunk_loop import LoopAxis, LoopSpec, Output, Slicing
 from fmecompile.runtime.host import to_device, to_host
 
 aten = torch.ops.aten
@@ -34,11 +34,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Reading:
-    """One way in which a loop reads a value from outside: sliced by ``cut`` along the dimensions in ``kept``."""
+    """One way in which a loop reads a value from outside: sliced by ``slicing`` along the dimensions in ``kept``."""
 
     node: fx.Node
     kept: frozenset[int]
-    cut: Cut | None
+    slicing: Slicing | None
     halo: Halo = (0, 0)
 
 
@@ -111,7 +111,7 @@ class Builder:
             behind=tuple(behind),
             operands=tuple(r.node for r in readings),
             results=tuple(results),
-            spec=LoopSpec(nest, tuple(r.cut for r in readings), outputs, kinds),
+            spec=LoopSpec(nest, tuple(r.slicing for r in readings), outputs, kinds),
             bodies=tuple(body.graph for body in bodies),
             body_bytes=max(body.held_bytes for body in bodies),
             result_bytes=tuple(self._nbytes(node) for node in results),
@@ -160,8 +160,8 @@ class Builder:
         use = self.axes[node].uses[n]
         kept = frozenset(d for d in use.kept_dims if set(use.axes[d]) & set(loop.nest))
         halo = loop.reach.wanted.get((node, n), (0, 0))
-        cut = cut_of(use.axes, loop.nest, loop.chunk, self.region.sizes, kept, halo) if kept else None
-        return Reading(use.node, kept if cut else frozenset(), cut, halo)
+        slicing = slicing_of(use.axes, loop.nest, loop.chunk, self.region.sizes, kept, halo) if kept else None
+        return Reading(use.node, kept if slicing else frozenset(), slicing, halo)
 
     def _body(self, trip: Trip, results: Sequence[fx.Node], readings: Sequence[Reading]) -> Body:
         """The operators of the group on the slices of one trip."""
@@ -187,12 +187,12 @@ class Builder:
     def _placed(self, graph: fx.Graph, place: fx.Node, reading: Reading, trip: Trip) -> fx.Node:
         """A slice as the body wants it: joined again where slicing had to split a dimension."""
         spec, sizes, nest = node_spec(reading.node), self.region.sizes, trip.loop.nest
-        if reading.cut is None:
+        if reading.slicing is None:
             edit.set_spec(place, spec)
             return place
         axes = self.axes[reading.node].axes
         offsets = [0] * (len(nest) - 1) + [trip.start]
-        edit.set_spec(place, piece_spec(tensor_spec(reading.node), axes, reading.cut, offsets, trip.rows, sizes))
+        edit.set_spec(place, piece_spec(tensor_spec(reading.node), axes, reading.slicing, offsets, trip.rows, sizes))
         unit = unit_of(tuple(axes[d] for d in sorted(reading.kept)), nest[-1], sizes) or 1
         first = max(trip.start * unit - reading.halo[0], 0)
         last = min((trip.start + trip.rows) * unit + reading.halo[1], sizes[nest[-1]] * unit)
@@ -309,15 +309,15 @@ class Builder:
             if takes is not None:
                 root = self._root(readings[takes].node)
                 free = [i for i in free if self._root(readings[i].node) is not root]
-            cut = cut_of(axes, loop.nest, loop.chunk, self.region.sizes)
-            assert cut is not None
+            slicing = slicing_of(axes, loop.nest, loop.chunk, self.region.sizes)
+            assert slicing is not None
             if node.target is to_host:
                 home = tensor_spec(node.args[0]).device  # type: ignore[arg-type]
-                outputs.append(Output(cut, spec.shape, spec.stride, spec.dtype, host_of=home))
+                outputs.append(Output(slicing, spec.shape, spec.stride, spec.dtype, host_of=home))
                 continue
             like = next((i for i, d in enumerate(devices) if d == spec.device), None)
             device = spec.device if like is None else None
-            outputs.append(Output(cut, spec.shape, spec.stride, spec.dtype, like or 0, device, takes))
+            outputs.append(Output(slicing, spec.shape, spec.stride, spec.dtype, like or 0, device, takes))
         return tuple(outputs)
 
     def _root(self, node: fx.Node) -> fx.Node:
@@ -365,4 +365,4 @@ def _kinds(loop: Loop, size: int) -> tuple[tuple[int, ...], list[Trip]]:
 
 def _operand_name(index: int, reading: Reading) -> str:
     """Bodies are shared by groups of equal structure, so operands are named by place and role."""
-    return f"part_{index}" if reading.cut else f"whole_{index}"
+    return f"part_{index}" if reading.slicing else f"whole_{index}"

@@ -167,7 +167,7 @@ def _walk(region: Region, start: int, nest: Nest) -> Iterator[Candidate]:
     for p in range(start, min(start + MAX_REACH, len(region.nodes))):
         if not trip.step(p):
             return
-        if p + 1 in stops and trip.has_loop:
+        if p + 1 in stops and trip.met == trip.atoms:
             yield trip.candidate(p + 1)
 
 
@@ -191,7 +191,7 @@ class _Trip:
         self.outer_depth: dict[int, float] = {}
         self.whole_reads: set[int] = set()
         self.dying: list[int] = []
-        self.has_loop = False
+        self.met: set[int] = set()
         self.outer_trips = 1
         self.weight_bytes = 0
         for atom in nest[:-1]:
@@ -206,7 +206,7 @@ class _Trip:
         self.looped[p] = role
         self._note_reads(p, role)
         if role:
-            self.has_loop = True
+            self.met |= self.atoms & region.carries[p]
             own = _NOTHING if self._stays(p) else self._split(p, region.nbytes[p])
             self.held = self.held.plus(own)
             self.made = self.made.plus(own)

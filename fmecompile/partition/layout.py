@@ -1,4 +1,4 @@
-"""Where atoms lie in memory: how a trip cuts a tensor, and when one tensor may be laid over another."""
+"""Where atoms lie in memory: how a trip slices a tensor, and when one tensor may be laid over another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fmecompile.graph.atoms import Axis
 from fmecompile.graph.specs import TensorSpec
 from fmecompile.operators.registry import Axes, Halo
 from fmecompile.partition.region import atom_strides
-from fmecompile.runtime.chunk_loop import Cut, Narrow
+from fmecompile.runtime.chunk_loop import Narrow, Slicing
 
 Nest = tuple[int, ...]
 
@@ -43,14 +43,14 @@ def _extent(atom: int, nest: Nest, rows: Fraction | int, sizes: dict[int, int]) 
     return rows if atom == nest[-1] else 1
 
 
-def cut_of(
+def slicing_of(
     axes: Axes,
     nest: Nest,
     chunk: int,
     sizes: dict[int, int],
     kept: Collection[int] | None = None,
     halo: Halo = (0, 0),
-) -> Cut | None:
+) -> Slicing | None:
     """How a trip slices a tensor with ``axes`` along the dimensions in ``kept``; None when the nest does not touch it.
 
     A dimension can be narrowed as it is when its looped atoms stand in front, single rows before the chunk; another one
@@ -67,7 +67,7 @@ def cut_of(
             shape.append(prod(sizes[atom] for atom in part))
     if not narrows:
         return None
-    return Cut(tuple(narrows), tuple(shape) if len(shape) > len(axes) else None)
+    return Slicing(tuple(narrows), tuple(shape) if len(shape) > len(axes) else None)
 
 
 def _scaled(halo: Halo, axis: Axis, part: Axis, atom: int, sizes: dict[int, int]) -> Halo:
@@ -79,13 +79,13 @@ def _scaled(halo: Halo, axis: Axis, part: Axis, atom: int, sizes: dict[int, int]
 
 
 def piece_spec(
-    spec: TensorSpec, axes: Axes, cut: Cut, offsets: Sequence[int], rows: int, sizes: dict[int, int]
+    spec: TensorSpec, axes: Axes, slicing: Slicing, offsets: Sequence[int], rows: int, sizes: dict[int, int]
 ) -> TensorSpec:
-    """What the trip at ``offsets`` gets of a tensor: its spec viewed as the cut says, then narrowed."""
+    """What the trip at ``offsets`` gets of a tensor: its spec viewed as the slicing says, then narrowed."""
     shape, stride = spec.shape, spec.stride
-    if cut.shape is not None:
-        shape, stride = cut.shape, _viewed_strides(spec, axes, cut.shape, sizes)
-    lengths = dict(enumerate(shape)) | {d: length for d, _, length in cut.spans(offsets, rows)}
+    if slicing.shape is not None:
+        shape, stride = slicing.shape, _viewed_strides(spec, axes, slicing.shape, sizes)
+    lengths = dict(enumerate(shape)) | {d: length for d, _, length in slicing.spans(offsets, rows)}
     return TensorSpec(tuple(lengths.values()), stride, spec.dtype, spec.device)
 
 

@@ -18,7 +18,7 @@ from fmecompile.operators.contraction import products
 from fmecompile.partition.nests import MAX_TRIPS
 from fmecompile.partition.partition import Partitioner
 from fmecompile.passes.recompute import Chain, Recompute, chains
-from fmecompile.passes.spill import Cut, Spill, late_readers
+from fmecompile.passes.spill import Spill, Wait, late_readers
 from fmecompile.runtime.host import to_host
 
 FREE_WORK, CHEAP_WORK = 0.05, 0.15
@@ -47,12 +47,12 @@ class Limits:
 @dataclass(frozen=True)
 class Prepared:
     """A program ready for its loops. ``recomputed`` are the moments whose operands it makes twice, by name, ``extra``
-    the products that takes; ``spilled`` the cuts in live ranges of values that wait in host memory."""
+    the products that takes; ``spilled`` the values that wait in host memory, and up to which call."""
 
     program: Program
     partitioner: Partitioner
     recomputed: tuple[str, ...] = ()
-    spilled: tuple[Cut, ...] = ()
+    spilled: tuple[Wait, ...] = ()
     extra: int = 0
 
 
@@ -77,7 +77,7 @@ def prepare(program: Program, facts: FactTable, limits: Limits) -> Prepared:
     return _improved(best, facts, limit_bytes, partial(_recomputing, most=None))
 
 
-def replayed(program: Program, facts: FactTable, recomputed: tuple[str, ...], spilled: tuple[Cut, ...]) -> Prepared:
+def replayed(program: Program, facts: FactTable, recomputed: tuple[str, ...], spilled: tuple[Wait, ...]) -> Prepared:
     """``program`` as a saved plan left it."""
     Recompute(recomputed).apply(program, facts)
     Spill(spilled).apply(program, facts)
@@ -137,20 +137,20 @@ def _spilling(best: Prepared, facts: FactTable) -> Iterator[Prepared]:
     """Copies in which more values wait in host memory, and that get past where the floor is stuck."""
     below = (1 - LEAST_SPILL) * best.partitioner.floor_bytes()
     behind = len(best.partitioner.region.nodes) - _stuck(best)[1]
-    for cuts in _values_in_the_way(best):
+    for waits in _values_in_the_way(best):
         trial = best.program.copy()
-        Spill(cuts).apply(trial, facts)
+        Spill(waits).apply(trial, facts)
         partitioner = Partitioner(trial, facts, best.partitioner.max_trips)
         if len(partitioner.region.nodes) - partitioner.stuck_at(below) <= behind:
-            yield Prepared(trial, partitioner, best.recomputed, best.spilled + cuts, best.extra)
+            yield Prepared(trial, partitioner, best.recomputed, best.spilled + waits, best.extra)
 
 
-def _values_in_the_way(best: Prepared) -> Iterator[tuple[Cut, ...]]:
-    """What to cut where the floor is stuck: all values that only wait there; then each value there, largest first; then
-    each and all of them right where they are made, so that whole loops read and write host memory."""
+def _values_in_the_way(best: Prepared) -> Iterator[tuple[Wait, ...]]:
+    """What to move out where the floor is stuck: all values that only wait there; then each value there, largest first;
+    then each and all of them right where they are made, so that whole loops read and write host memory."""
     held, (at, end) = best.partitioner.storages, _stuck(best)
     nodes, least = held.nodes, LEAST_SPILL * best.partitioner.floor_bytes()
-    waiting: list[Cut] = []
+    waiting: list[Wait] = []
     busy: dict[str, tuple[int, str, str]] = {}
     for owner, last in held.last.items():
         here = held.position.get(owner, len(nodes))
@@ -158,11 +158,11 @@ def _values_in_the_way(best: Prepared) -> Iterator[tuple[Cut, ...]]:
             continue
         if here >= at and end == len(nodes):
             continue
-        cut = nodes[at if here < at else end].name
+        until = nodes[at if here < at else end].name
         if here < at and held.position[late_readers(owner, at, held)[0][0]] >= end:
-            waiting.append((owner.name, cut))
+            waiting.append((owner.name, until))
         elif here < at or last >= end:
-            busy[owner.name] = (held.nbytes[here], cut, nodes[here + 1].name)
+            busy[owner.name] = (held.nbytes[here], until, nodes[here + 1].name)
     if waiting:
         yield tuple(waiting)
     ordered = sorted(busy, key=lambda name: -busy[name][0])

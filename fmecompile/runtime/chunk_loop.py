@@ -1,7 +1,7 @@
 """The chunk loop: one group of operators run over slices of its loop axes, in bounded memory.
 
 A loop nest of axes, outermost first; all but the innermost advance one row at a time, the innermost ``chunk`` rows
-with a shorter tail. Each trip slices what it reads, with a halo where a kernel reaches over the cut, runs a body and
+with a shorter tail. Each trip slices what it reads, with a halo where a kernel reaches over its border, runs a body and
 writes its slice of every output. Trips of the same shape share a body: full chunks, the tail, and with halos the chunks
 at the borders. Outputs are allocated once, or take over the storage of an input that dies in the loop; never a list and
 a concatenation.
@@ -59,7 +59,7 @@ class Narrow:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Slicing:
     """How a trip slices one tensor: viewed as ``shape`` first when given, then narrowed."""
 
     narrows: tuple[Narrow, ...]
@@ -77,7 +77,7 @@ class Output:
     waits for the device ``host_of``.
     """
 
-    cut: Cut
+    slicing: Slicing
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
@@ -89,11 +89,11 @@ class Output:
 
 @dataclass(frozen=True)
 class LoopSpec:
-    """``cuts`` has one entry an operand, None for operands every trip reads whole; ``kinds`` says for each chunk of the
-    innermost axis which body it runs."""
+    """``slicings`` has one entry an operand, None for operands every trip reads whole; ``kinds`` says for each chunk of
+    the innermost axis which body it runs."""
 
     axes: tuple[LoopAxis, ...]
-    cuts: tuple[Cut | None, ...]
+    slicings: tuple[Slicing | None, ...]
     outputs: tuple[Output, ...]
     kinds: tuple[int, ...]
 
@@ -116,7 +116,7 @@ class ChunkLoop(nn.Module):
         super().__init__()
         self.spec = spec
         self.bodies = nn.ModuleList(bodies)
-        self._sliced = tuple((i, cut) for i, cut in enumerate(spec.cuts) if cut is not None)
+        self._sliced = tuple((i, slicing) for i, slicing in enumerate(spec.slicings) if slicing is not None)
         self._trips = self._plan_trips()
 
     def _plan_trips(self) -> Trips:
@@ -124,8 +124,8 @@ class ChunkLoop(nn.Module):
         trips = []
         for place in product(*(range(axis.size) for axis in outer), range(0, inner.size, inner.chunk)):
             rows = min(inner.chunk, inner.size - place[-1])
-            reads = tuple(cut.spans(place, rows) for _, cut in self._sliced)
-            writes = tuple(output.cut.spans(place, rows) for output in self.spec.outputs)
+            reads = tuple(slicing.spans(place, rows) for _, slicing in self._sliced)
+            writes = tuple(output.slicing.spans(place, rows) for output in self.spec.outputs)
             trips.append((self.spec.kinds[place[-1] // inner.chunk], reads, writes))
         return tuple(trips)
 
@@ -140,8 +140,8 @@ class ChunkLoop(nn.Module):
     def run(self, operands: Sequence[torch.Tensor], trips: Trips) -> tuple[torch.Tensor, ...]:
         """Run ``trips`` and return the outputs."""
         outputs = tuple(_place(output, operands) for output in self.spec.outputs)
-        readable = [(i, _viewed(operands[i], cut)) for i, cut in self._sliced]
-        writable = [_viewed(tensor, output.cut) for tensor, output in zip(outputs, self.spec.outputs, strict=True)]
+        readable = [(i, _viewed(operands[i], slicing)) for i, slicing in self._sliced]
+        writable = [_viewed(tensor, output.slicing) for tensor, output in zip(outputs, self.spec.outputs, strict=True)]
         pieces = list(operands)
         bodies = list(self.bodies)
         for kind, reads, writes in trips:
@@ -165,8 +165,8 @@ def _place(output: Output, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     return like.new_empty_strided(output.shape, output.stride, dtype=output.dtype, device=output.device)
 
 
-def _viewed(tensor: torch.Tensor, cut: Cut) -> torch.Tensor:
-    return tensor if cut.shape is None else tensor.view(cut.shape)
+def _viewed(tensor: torch.Tensor, slicing: Slicing) -> torch.Tensor:
+    return tensor if slicing.shape is None else tensor.view(slicing.shape)
 
 
 def _narrowed(tensor: torch.Tensor, span: Span) -> torch.Tensor:

@@ -54,6 +54,10 @@ class Executable:
         """The names of what a run keeps for later steps."""
         return self._compiled.keeps
 
+    def weights(self) -> list[torch.Tensor]:
+        """The weights that it reads, as they are now."""
+        return [table[key] for kind, table, key in self._sources if kind == "weight"]
+
     @property
     def takes(self) -> frozenset[str]:
         """The names of what a run takes from earlier."""

@@ -2,8 +2,9 @@
 
 A sampler calls the denoiser at a row of timesteps, with guidance perhaps twice at each. Calls at the same timestep
 belong to one **step**. A timestep that is a view of the sampler's list is told by its place there, and the list tells
-the number of steps; another one is told by its value, where that can be read without the device. A **generation** ends
-where the list is another one or is begun anew, where values turn back, or where ``generation(steps=...)`` says so.
+the number of steps; so is a copy of one, where the sampler is known. Another one is told by its value, where that can
+be read without the device. A **generation** ends where the list is another one or is begun anew, where values turn
+back, or where ``generation(steps=...)`` says so.
 
 Calls of one step are told apart by what they are called with: a **branch** is called with the same tensors at each
 step, or where none are the same, in the same order.
@@ -66,6 +67,7 @@ class Branch:
     anchors: tuple[tuple[weakref.ref[torch.Tensor], int], ...]
     step: int = -1
     state: Any = None
+    made: Any = None
 
     def matches(self, leaves: Sequence[torch.Tensor]) -> int:
         """How many of ``leaves`` are the tensors this branch was called with before, unchanged."""
@@ -88,11 +90,11 @@ def version_of(tensor: torch.Tensor) -> int:
 
 @dataclass(eq=False)
 class Generation:
-    """One run of a sampler. ``count`` is its number of steps, None where that is not known; ``timesteps`` the
-    sampler's list from the first step on, where there is one."""
+    """One run of a sampler. ``count`` is its number of steps, None where that is not known; ``is_told``: its steps come
+    from the sampler's list or were declared, so that each call's is certain."""
 
     count: int | None
-    timesteps: torch.Tensor | None = None
+    is_told: bool = False
     step: int = 0
     branches: weakref.WeakKeyDictionary[object, list[Branch]] = field(default_factory=weakref.WeakKeyDictionary)
 
@@ -110,6 +112,16 @@ class Generation:
         found.step = self.step
         return found
 
+    def advance(self) -> None:
+        """The next step begins. A branch that was left out at this one keeps nothing any longer: it would be stale."""
+        for branch in self.every_branch():
+            if branch.step < self.step:
+                branch.state = None
+        self.step += 1
+
+    def every_branch(self) -> list[Branch]:
+        return [branch for known in list(self.branches.values()) for branch in known]
+
 
 @dataclass(frozen=True)
 class _Mark:
@@ -119,6 +131,7 @@ class _Mark:
     storage: Any
     offset: int
     length: int
+    is_listed: bool
 
     @classmethod
     def of(cls, timestep: torch.Tensor) -> _Mark:
@@ -127,11 +140,8 @@ class _Mark:
         readable = timestep.device.type == "cpu" and not isinstance(timestep, FakeTensor) and timestep.numel() > 0
         value = float(timestep.flatten()[0]) if readable else None
         length = storage.nbytes() // timestep.itemsize if is_single else 1
-        return cls(value, storage, int(timestep.storage_offset()), length)
-
-    @property
-    def is_listed(self) -> bool:
-        return self.length > 1
+        is_item = timestep.dim() == 0 and timestep._base is not None and timestep._base.dim() == 1  # of a list of one
+        return cls(value, storage, int(timestep.storage_offset()), length, length > 1 or is_item)
 
     def same_list(self, other: _Mark) -> bool:
         return self.is_listed and other.is_listed and self.storage._cdata == other.storage._cdata
@@ -144,35 +154,75 @@ class _Mark:
         return self.storage._cdata == other.storage._cdata and self.offset == other.offset
 
 
-class Timeline:
-    """The generations of one module; each thread has its own."""
+def _sampler_mark(pipeline: Any, mark: _Mark) -> _Mark | None:
+    """The mark of the item of the sampler's list that ``mark`` is a copy of, as hooks make them that move inputs.
 
-    def __init__(self) -> None:
+    Told by its value where that can be read, else by how many steps the sampler has made.
+    """
+    sampler = getattr(pipeline, "scheduler", None)
+    listed, count = getattr(sampler, "timesteps", None), getattr(sampler, "num_inference_steps", None)
+    if count is None or not isinstance(listed, torch.Tensor) or listed.dim() != 1 or not listed.numel():
+        return None
+    made = getattr(sampler, "step_index", None)
+    if made is None:
+        made = getattr(sampler, "begin_index", None) or 0
+    if mark.value is not None and listed.device.type == "cpu":
+        values = listed.tolist()
+        place = made if made < len(values) and values[made] == mark.value else _index(values, mark.value)
+    else:
+        place = made if hasattr(sampler, "step_index") and made < listed.numel() else None
+    if place is None:
+        return None
+    return _Mark(mark.value, listed.untyped_storage(), int(listed.storage_offset()) + place, listed.numel(), True)
+
+
+def _index(values: list[float], value: float) -> int | None:
+    return values.index(value) if value in values else None
+
+
+class Timeline:
+    """The generations of one module; each thread has its own. ``pipeline`` is the diffusion pipeline whose sampler
+    calls the module, where that is known."""
+
+    def __init__(self, pipeline: Any = None) -> None:
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._local = threading.local()
-        self._all: dict[int, _Track] = {}
+        self._all: weakref.WeakSet[_Track] = weakref.WeakSet()  # what a thread kept goes with the thread
+        self._lock = threading.Lock()
         _TIMELINES.add(self)
 
     def at(self, timestep: torch.Tensor | None) -> Generation:
         """The generation that a call at ``timestep`` belongs to, its ``step`` set to that of the call."""
         track = getattr(self._local, "track", None)
         if track is None:
-            track = self._local.track = self._all[threading.get_ident()] = _Track()
-        return track.at(timestep)
+            track = self._local.track = _Track()
+            with self._lock:
+                self._all.add(track)
+        mark = None if timestep is None else _Mark.of(timestep)
+        pipeline = None if self._pipeline is None else self._pipeline()
+        if mark is not None and pipeline is not None and not mark.is_listed and _DECLARED.get() is None:
+            mark = _sampler_mark(pipeline, mark) or mark
+        return track.at(mark)
+
+    def _tracks(self) -> list[_Track]:
+        with self._lock:
+            return list(self._all)
 
     def end(self, declared: Declared | None = None) -> None:
         """Forget generations, and with them what was kept: all of them, or the one that was ``declared``."""
-        for track in list(self._all.values()):
+        for track in self._tracks():
             track.end(declared)
 
     def kept_bytes(self) -> int:
         """Bytes that the generations under way keep for later steps."""
-        under_way = [track.generation for track in list(self._all.values()) if track.generation is not None]
-        branches = [branch for one in under_way for known in list(one.branches.values()) for branch in known]
-        return sum(branch.state.nbytes for branch in branches if branch.state is not None)
+        under_way = [track.generation for track in self._tracks()]
+        states = [branch.state for one in under_way if one is not None for branch in one.every_branch()]
+        return sum(state.nbytes for state in states if state is not None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Timeline:
         """A copied module has generations of its own."""
-        return Timeline()
+        pipeline = None if self._pipeline is None else self._pipeline()
+        return Timeline(None if pipeline is None else memo.get(id(pipeline)))
 
 
 class _Track:
@@ -184,13 +234,12 @@ class _Track:
         self.last: _Mark | None = None
         self.direction = 0.0
 
-    def at(self, timestep: torch.Tensor | None) -> Generation:
+    def at(self, mark: _Mark | None) -> Generation:
         declared = _DECLARED.get()
-        mark = None if timestep is None else _Mark.of(timestep)
         if self.generation is None or declared is not self.declared or self._turns(mark):
             return self._begin(declared, mark)
         if mark is None or self.last is None or not mark.same_step(self.last):
-            self.generation.step += 1
+            self.generation.advance()
             self._aim(mark)
             self.last = mark
         return self.generation
@@ -204,7 +253,8 @@ class _Track:
         if mark is not None and mark.is_listed:
             listed = mark.length - mark.offset
         count = declared.steps if declared is not None and declared.steps is not None else listed
-        self.generation = Generation(count)
+        is_told = declared is not None or (mark is not None and mark.is_listed)
+        self.generation = Generation(count, is_told)
         self.declared, self.last, self.direction = declared, mark, 0.0
         return self.generation
 

@@ -144,6 +144,7 @@ class Reusing:
         branch = generation.branch(self, [leaves[i] for i in self._places])
         if branch.state is None:
             branch.state = self._begin(generation)
+            self._prepare(branch.state)
         try:
             return self._run(leaves, branch, branch.state)
         except BaseException:
@@ -162,6 +163,11 @@ class Reusing:
             kept = Kept(steps, run=policy.start(steps))
         self._runs.append(kept.taken)
         return kept
+
+    def _prepare(self, kept: Kept) -> None:
+        """Compile before step 0 what the plan asks for, so that a budget that is too small ends no run half way."""
+        for decision in dict.fromkeys(kept.plan or ()):
+            self._variants(decision, self._timeline.kept_bytes())
 
     def _run(self, leaves: Sequence[Any], branch: Branch, kept: Kept) -> Any:
         step = branch.step

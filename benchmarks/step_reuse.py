@@ -1,0 +1,135 @@
+"""``python -m benchmarks.step_reuse``: what step reuse saves and keeps.
+
+Work and bytes are those of the real models at real sizes, on fake tensors: products of convolutions, matrix products
+and attention over all steps, relative to the diffusers module at every step. Time is that of whole generations at a
+reduced size with reuse over those without, both optimized, interleaved: the median of the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import fmecompile
+from benchmarks.cases import CASES, Case, animatediff, animatediff_inputs, fake, svd, svd_inputs
+from benchmarks.latency import ANIMATEDIFF, SVD
+from benchmarks.report import save, table
+from fmecompile.analysis.cuts import Cuts
+from fmecompile.capture.export import capture
+from fmecompile.graph import edit
+from fmecompile.graph.program import compute_nodes
+from fmecompile.operators.contraction import all_products
+from fmecompile.passes.step_reuse import Cut, StepReuse
+from fmecompile.pipeline import Compilation, normalise
+from fmecompile.reuse import ALL, REUSE, Policy, StaticPolicy, Steps
+
+MIB = 2**20
+STEPS = 25
+POLICIES: dict[str, Policy] = {
+    "Step Rehash, 13 of 25": fmecompile.StepRehash(full_steps=13),
+    "DeepCache, interval 4": fmecompile.DeepCache(interval=4),
+}
+REAL = (CASES[0], CASES[1], CASES[2])
+
+
+def work(program: Any) -> int:
+    return sum(map(all_products, compute_nodes(program.graph)))
+
+
+def fake_rows(case: Case) -> list[dict[str, Any]]:
+    """Work and bytes of one model under every policy."""
+    rows = []
+    with fake(torch.float16):
+        module, inputs = case.build(), case.inputs(torch.float16)
+        compilation = Compilation(capture(module, inputs, {}))
+        edit.annotate(compute_nodes(compilation.program.graph), compilation.facts)
+        eager = work(compilation.program)
+        normalise(compilation)
+        full = work(compilation.program)
+        cut = Cuts(compilation.program).last_up_temporal()
+        shallow = compilation.program.copy()
+        StepReuse((Cut(ALL, cut.value, ALL),), REUSE).apply(shallow, compilation.facts)
+        peaks = _peaks(case, module, inputs)
+    for name, policy in POLICIES.items():
+        assert isinstance(policy, StaticPolicy)
+        decisions = policy.plan(Steps(STEPS))
+        reused = sum(decision == REUSE for decision in decisions)
+        done = full * (STEPS - reused) + work(shallow) * reused
+        rows.append({"case": case.name, "policy": name, "full steps": STEPS - reused, "work": done / eager / STEPS})
+        rows[-1] |= {"shallow step": work(shallow) / eager, "kept MiB": cut.nbytes / MIB, "cut": cut.module} | peaks
+    return rows
+
+
+def _peaks(case: Case, module: nn.Module, inputs: Any) -> dict[str, float]:
+    """Peaks of activations in MiB: of the plan without reuse, and of full and shallow steps."""
+    sample, _, *rest = inputs
+    fmecompile.optimize(module, strict=True)
+    module(*inputs)
+    alone = fmecompile.explain(module).records[0].plan.projected_peak_bytes
+    fmecompile.optimize(module, reuse=fmecompile.DeepCache(interval=2), strict=True)
+    for _ in range(2):  # the first time compiles
+        steps = torch.linspace(1.6, 0.2, 2, dtype=torch.float16)
+        found = [fmecompile.measure(module, sample, t, *rest).peak_bytes for t in steps]
+    return {"peak MiB": alone / MIB, "full peak MiB": found[0] / MIB, "shallow peak MiB": found[1] / MIB}
+
+
+@torch.no_grad()
+def generation(module: nn.Module, inputs: Any) -> float:
+    """Seconds of one generation."""
+    sample, _, *rest = inputs
+    start = time.perf_counter()
+    for t in torch.linspace(1.6, 0.2, STEPS):
+        module(sample, t, *rest)
+    return time.perf_counter() - start
+
+
+def timed_rows(name: str, module: nn.Module, inputs: Any, pairs: int) -> list[dict[str, Any]]:
+    """Interleave generations without and with reuse."""
+    plain = fmecompile.optimize(copy.deepcopy(module), strict=True)
+    reusing = {p: fmecompile.optimize(copy.deepcopy(module), reuse=POLICIES[p], strict=True) for p in POLICIES}
+    for warm in (plain, *reusing.values()):
+        generation(warm, inputs)
+    ratios: dict[str, list[float]] = {policy: [] for policy in POLICIES}
+    seconds = []
+    for _ in range(pairs):
+        for policy, other in reusing.items():
+            seconds.append(generation(plain, inputs))
+            ratios[policy].append(generation(other, inputs) / seconds[-1])
+    base = {"case": name, "steps": STEPS, "without reuse s": statistics.median(seconds)}
+    return [
+        base | {"policy": p, "time": statistics.median(r), "least": min(r), "most": max(r)} for p, r in ratios.items()
+    ]
+
+
+def timed() -> list[tuple[str, Callable[[], nn.Module], Any]]:
+    return [
+        ("SVD, 4 frames, 128x160, 2 levels", lambda: svd(**SVD), svd_inputs(2, 4, 16, 20, torch.float32)),
+        (
+            "AnimateDiff, 4 frames, 128x128, 2 levels",
+            lambda: animatediff(**ANIMATEDIFF),
+            animatediff_inputs(2, 4, 16, 16, torch.float32),
+        ),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=5)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    kept = [row for case in REAL for row in fake_rows(case)]
+    print(table(kept))
+    taken = [row for name, build, inputs in timed() for row in timed_rows(name, build(), inputs, options.pairs)]
+    print(table(taken))
+    print(save("step_reuse", "python -m benchmarks.step_reuse", [*kept, *taken]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,473 @@
+"""Step reuse in whole diffusion pipelines, as users run them: the right steps, nothing stale, nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+import fmecompile
+from fmecompile.runtime.dispatch import find
+from fmecompile.runtime.executable import Executable
+from fmecompile.runtime.generation import Timeline
+from tests import pipelines
+from tests.pipelines import TOLERANCE, frames, relative
+
+pytestmark = pytest.mark.usefixtures("one_thread", "without_loops")
+
+STEPS = 6
+EVERY_SECOND = fmecompile.DeepCache(interval=2)
+BUILDS = [pytest.param(pipelines.svd, id="svd"), pytest.param(pipelines.animatediff, id="animatediff")]
+
+
+@pytest.fixture(scope="module")
+def without_loops() -> Iterator[None]:
+    """Which values are kept when does not depend on loops, and the search for them takes longer than all else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMECOMPILE_MIN_TRIP_BYTES", str(2**30))
+        yield
+
+
+def latents(pipe: Any, **call: Any) -> torch.Tensor:
+    return frames(pipe, **{"num_inference_steps": STEPS, "output_type": "latent"} | call)
+
+
+def reusing(pipe: Any, policy: Any = EVERY_SECOND, **options: Any) -> Any:
+    """An optimized copy of ``pipe``."""
+    return fmecompile.optimize(copy.deepcopy(pipe), reuse=policy, strict=True, **options)
+
+
+def kept_bytes(module: nn.Module) -> int:
+    """Bytes that an optimized denoiser keeps at the moment."""
+    return find(module)._compiler.timeline.kept_bytes()  # pyright: ignore
+
+
+def reuse_of(module: nn.Module) -> list[Any]:
+    return [record.reuse for record in fmecompile.explain(module).records]
+
+
+@contextmanager
+def watched() -> Iterator[list[str]]:
+    """The steps that run meanwhile: 1 for a full one, 0 for one that takes kept values."""
+    bits: list[str] = []
+    run = Executable.run
+
+    def spy(self: Executable, leaves: Any, kept: Any = None, coefficients: Any = ()) -> Any:
+        if kept or self.keeps:
+            bits.append("0" if kept else "1")
+        return run(self, leaves, kept or {}, coefficients)
+
+    with mock.patch.object(Executable, "run", spy):
+        yield bits
+
+
+def steps_of(pipe: Any, **call: Any) -> str:
+    """Which steps of one generation are full."""
+    with watched() as bits:
+        latents(pipe, **call)
+    return "".join(bits)
+
+
+# ------------------------------------------------------------------------------------------------------ one generation
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_full_steps_alone_give_the_frames_of_the_optimized_pipeline(build: Callable[[], Any]) -> None:
+    plain = build()
+    want = latents(fmecompile.optimize(copy.deepcopy(plain), strict=True))
+    fast = reusing(plain, fmecompile.StepRehash(full_steps=STEPS))
+    with watched() as bits:
+        assert relative(latents(fast), want) < TOLERANCE
+    assert "".join(bits) == "1" * STEPS
+    assert len(reuse_of(fast.unet)[0].plans) == 1
+
+
+@pytest.mark.parametrize("policy", [EVERY_SECOND, fmecompile.StepRehash(full_steps=3)], ids=["deep-cache", "rehash"])
+@pytest.mark.parametrize("build", BUILDS)
+def test_reuse_is_the_same_in_every_generation(build: Callable[[], Any], policy: Any) -> None:
+    plain = build()
+    exact, fast = latents(plain), reusing(plain, policy)
+    with watched() as bits:
+        first = latents(fast)
+    assert bits[0] == "1" and "0" in bits and len(bits) == STEPS
+    assert kept_bytes(fast.unet) == 0
+    with mock.patch("fmecompile.backends.reusing.capture", side_effect=AssertionError), watched() as again:
+        assert torch.equal(latents(fast), first)
+    assert again == bits
+    assert first.isfinite().all() and 1e-3 < relative(first, exact) < 1
+    (reuse,) = reuse_of(fast.unet)
+    assert len(reuse.plans) == 2
+    assert torch.equal(latents(reusing(plain, policy)), first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", BUILDS)
+def test_two_programs_serve_fifty_steps(build: Callable[[], Any]) -> None:
+    """And the frames themselves come out, for a size that has nothing to do with the clip before."""
+    fast = reusing(build(), fmecompile.StepRehash(full_steps=13))
+    for _ in range(2):
+        with watched() as bits:
+            assert frames(fast, num_inference_steps=50).isfinite().all()
+        assert bits.count("1") == 13 and len(bits) == 50
+    (reuse,) = reuse_of(fast.unet)
+    assert len(reuse.plans) == 2
+    assert all(path in str(fmecompile.explain(fast)) for path in ("unet", "StepRehash", "step that reuses"))
+
+
+# ------------------------------------------------------------------------------------------------- calls that differ
+
+CHANGES = {
+    "fewer-steps": {"num_inference_steps": 3},
+    "other-size": {"height": 8},
+    "other-frames": {"num_frames": 2},
+    "guidance-off": {"guidance_scale": 1.0},
+}
+
+
+def assert_as_in_a_fresh_pipeline(plain: Any, **call: Any) -> None:
+    """A call between others gives what it gives alone, and so do the others."""
+    fast = reusing(plain)
+    first, differing = latents(fast), latents(fast, **call)
+    assert kept_bytes(fast.unet) == 0
+    assert torch.equal(latents(fast), first)
+    assert torch.equal(latents(fast, **call), differing)
+    assert torch.equal(latents(reusing(plain), **call), differing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_that_differs_is_as_in_a_fresh_pipeline(change: str) -> None:
+    assert_as_in_a_fresh_pipeline(pipelines.animatediff(), **CHANGES[change])
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_call_that_differs_in_everything(build: Callable[[], Any]) -> None:
+    off = ["min_guidance_scale", "max_guidance_scale"] if build is pipelines.svd else ["guidance_scale"]
+    call = {"num_inference_steps": 3, "height": 8, "num_frames": 2} | dict.fromkeys(off, 1.0)
+    assert_as_in_a_fresh_pipeline(build(), **call)
+
+
+SAMPLERS = {
+    "ddim": (diffusers.DDIMScheduler, STEPS),
+    "euler": (diffusers.EulerDiscreteScheduler, STEPS),
+    "heun": (diffusers.HeunDiscreteScheduler, 2 * STEPS - 1),
+    "kdpm2": (diffusers.KDPM2DiscreteScheduler, 2 * STEPS - 1),
+    "pndm": (diffusers.PNDMScheduler, None),
+    "dpm": (diffusers.DPMSolverMultistepScheduler, STEPS),
+    "lcm": (diffusers.LCMScheduler, STEPS),
+}
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    return pipelines.animatediff()
+
+
+@pytest.fixture(scope="module")
+def animatediff(plain: Any, without_loops: None) -> Any:
+    """For tests that leave it as they found it."""
+    return reusing(plain)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_steps_are_counted_from_the_sampler(animatediff: Any, sampler: str) -> None:
+    """Also of samplers that call twice at a timestep."""
+    kind, calls = SAMPLERS[sampler]
+    before = animatediff.scheduler
+    animatediff.scheduler = kind.from_config(before.config)
+    try:
+        bits = steps_of(animatediff)
+        assert len(bits) == (calls or len(animatediff.scheduler.timesteps))
+        assert bits == ("10" * len(bits))[: len(bits)]
+        assert steps_of(animatediff) == bits
+        assert kept_bytes(animatediff.unet) == 0
+    finally:
+        animatediff.scheduler = before
+
+
+def test_one_step_just_runs(animatediff: Any, plain: Any) -> None:
+    """Its list of timesteps has one item, and another generation may have another one."""
+    want = latents(animatediff)
+    one = latents(animatediff, num_inference_steps=1)
+    assert steps_of(animatediff, num_inference_steps=1) == "1"
+    assert torch.equal(latents(animatediff), want)
+    assert relative(one, latents(plain, num_inference_steps=1)) < TOLERANCE
+
+
+def test_another_sampler_leaves_no_trace(animatediff: Any, plain: Any) -> None:
+    before, want = animatediff.scheduler, latents(animatediff)
+    animatediff.scheduler = diffusers.HeunDiscreteScheduler.from_config(before.config)
+    try:
+        heun = latents(animatediff)
+        fresh = copy.deepcopy(plain)
+        fresh.scheduler = diffusers.HeunDiscreteScheduler.from_config(before.config)
+        assert torch.equal(latents(reusing(fresh)), heun)
+    finally:
+        animatediff.scheduler = before
+    assert torch.equal(latents(animatediff), want)
+
+
+def test_image_strength_leaves_fewer_steps() -> None:
+    """The policy plans for the calls that are made: with a tail guard, the last one is full."""
+    policy = fmecompile.DeepCache(interval=2, guards=fmecompile.Guards(tail=1))
+    fast = reusing(pipelines.video_to_video(), policy)
+    for strength, bits in ((1.0, "101011"), (0.5, "101"), (0.7, "1011"), (0.2, "1"), (1.0, "101011")):
+        assert steps_of(fast, strength=strength) == bits
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_free_init_begins_a_generation_each_time(animatediff: Any, is_fast: bool) -> None:
+    animatediff.enable_free_init(num_iters=2, use_fast_sampling=is_fast, method="gaussian")
+    try:
+        assert steps_of(animatediff) == ("101" if is_fast else "101010") + "101010"
+        assert steps_of(animatediff, num_inference_steps=2) == ("1" if is_fast else "10") + "10"
+    finally:
+        animatediff.disable_free_init()
+
+
+def test_controlnet_residuals_change_at_every_step() -> None:
+    plain = pipelines.with_controlnet()
+    fast = reusing(plain)
+    with watched() as bits:
+        first = latents(fast)
+    assert "".join(bits) == "101010"
+    assert torch.equal(latents(fast), first)
+    assert relative(first, latents(plain)) > 1e-3
+    other = latents(fast, conditioning_frames=pipelines.images(4, 9))
+    assert torch.equal(latents(reusing(plain), conditioning_frames=pipelines.images(4, 9)), other)
+
+
+@pytest.mark.parametrize("build", [pipelines.with_sparse_controlnet, pipelines.sdxl], ids=["sparse", "sdxl"])
+def test_other_pipelines(build: Callable[[], Any]) -> None:
+    fast = reusing(build())
+    with watched() as bits:
+        first = latents(fast)
+    assert "".join(bits) == "101010"
+    assert torch.equal(latents(fast), first)
+
+
+# ------------------------------------------------------------------------------------------- what happens in between
+
+
+def stop_at(step: int) -> Callable[..., Any]:
+    def stop(pipe: Any, now: int, timestep: Any, values: Any) -> Any:
+        if now == step:
+            raise KeyboardInterrupt
+        return values
+
+    return stop
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_generation_that_was_stopped_leaves_nothing_to_reuse(animatediff: Any, step: int) -> None:
+    want = latents(animatediff)
+    with pytest.raises(KeyboardInterrupt):
+        latents(animatediff, seed=3, callback_on_step_end=stop_at(step))
+    with watched() as bits:
+        assert torch.equal(latents(animatediff), want)
+    assert "".join(bits) == "101010"
+    assert kept_bytes(animatediff.unet) == 0
+
+
+def test_threads_have_generations_of_their_own(animatediff: Any) -> None:
+    """On one UNet, at the same time; what a thread leaves unfinished goes with it."""
+    pipes = [diffusers.AnimateDiffPipeline(**animatediff.components) for _ in range(2)]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = copy.deepcopy(animatediff.scheduler)
+    calls = [{"num_inference_steps": 6, "seed": 1}, {"num_inference_steps": 5, "seed": 2, "prompt": "c d"}]
+    alone = [latents(pipe, **call) for pipe, call in zip(pipes, calls, strict=True)]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            waiting = [pool.submit(latents, pipe, **call) for pipe, call in zip(pipes, calls, strict=True)]
+            assert all(torch.equal(w.result(), want) for w, want in zip(waiting, alone, strict=True))
+        stopped = pool.submit(latents, pipes[0], callback_on_step_end=stop_at(0))
+        assert isinstance(stopped.exception(), KeyboardInterrupt)
+        assert kept_bytes(animatediff.unet) > 0
+    del waiting, stopped
+    gc.collect()
+    assert kept_bytes(animatediff.unet) == 0
+
+
+@pytest.mark.parametrize("sampler", [diffusers.DDIMScheduler, diffusers.HeunDiscreteScheduler])
+def test_model_cpu_offload(animatediff: Any, sampler: Any) -> None:
+    """Its hooks hand the UNet copies of the timesteps; those are told by the sampler."""
+    fast = copy.deepcopy(animatediff)
+    fast.scheduler = sampler.from_config(fast.scheduler.config)
+    with watched() as bits:
+        want = latents(fast)
+    fast.enable_model_cpu_offload(device="cpu")
+    with mock.patch.object(Timeline, "at", autospec=True, side_effect=Timeline.at) as at:
+        with watched() as offloaded:
+            assert torch.equal(latents(fast), want)
+        assert all(call.args[1]._base is None for call in at.call_args_list)
+    assert offloaded == bits
+    assert steps_of(fast, num_inference_steps=1) == "1"
+    assert torch.equal(latents(fast), want)
+    assert kept_bytes(fast.unet) == 0
+    fmecompile.restore(fast)
+    assert relative(latents(fast), want) > 1e-3
+
+
+def test_precision_changes_between_generations(plain: Any) -> None:
+    fast = reusing(plain)
+    want = latents(fast)
+    fast.to(torch.float64)
+    got = latents(fast)
+    assert got.dtype == torch.float64
+    assert torch.equal(latents(reusing(copy.deepcopy(plain).to(torch.float64))), got)
+    assert torch.equal(latents(fast.to(torch.float32)), want)
+
+
+def test_new_weights_drop_what_old_ones_left() -> None:
+    """A LoRA that is loaded after a step: the next one is full, though the policy wanted to reuse."""
+    from peft import LoraConfig
+
+    fast = reusing(pipelines.animatediff())
+    want = latents(fast)
+    lora = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+
+    def load(pipe: Any, now: int, timestep: Any, values: Any) -> Any:
+        if now == 0:
+            pipe.unet.add_adapter(lora)
+            pipe.unet.requires_grad_(False)
+        return values
+
+    assert steps_of(fast, callback_on_step_end=load) == "111010"
+    changed = latents(fast)
+    assert relative(changed, want) > 1e-3
+    assert torch.equal(latents(fast), changed)
+    fast.unet.delete_adapters("default")
+    assert kept_bytes(fast.unet) == 0
+
+
+def test_restore_gives_the_plain_pipeline_back(plain: Any) -> None:
+    fast = copy.deepcopy(plain)
+    before = pipelines.state(fast)
+    fmecompile.optimize(fast, reuse=EVERY_SECOND, strict=True)
+    with pytest.raises(KeyboardInterrupt):
+        latents(fast, callback_on_step_end=stop_at(0))
+    assert kept_bytes(fast.unet) > 0
+    gone = weakref.ref(find(fast.unet)._compiler.timeline)  # pyright: ignore
+    fmecompile.restore(fast)
+    gc.collect()
+    assert gone() is None
+    assert [c for c in pipelines.changes(before, pipelines.state(fast)) if not c.startswith("pipeline")] == []
+    assert torch.equal(latents(fast), latents(plain))
+
+
+def test_a_copied_pipeline_keeps_for_itself(animatediff: Any) -> None:
+    want = latents(animatediff)
+    with pytest.raises(KeyboardInterrupt):
+        latents(animatediff, callback_on_step_end=stop_at(0))
+    twin = copy.deepcopy(animatediff)
+    assert kept_bytes(animatediff.unet) > 0 == kept_bytes(twin.unet)
+    assert torch.equal(latents(twin), want)
+    assert torch.equal(latents(animatediff), want)
+
+
+# ------------------------------------------------------------------------------------------------------------ guidance
+
+
+@torch.no_grad()
+def denoised(unet: nn.Module, guided: Callable[[int], str], *, timesteps: torch.Tensor | None = None) -> torch.Tensor:
+    """A sampler with guidance of its own: ``guided(step)`` names the calls it makes, "c" for the conditional one, "u"
+    for the other, "b" for both in one batch."""
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(1, 4, 4, 8, 8, generator=generator)
+    states = {kind: torch.randn(4, 7, pipelines.WIDTH, generator=generator) for kind in "cu"}
+    states["b"] = torch.cat([states["u"], states["c"]])
+    for step, t in enumerate(torch.linspace(900, 20, STEPS) if timesteps is None else timesteps):
+        kinds = guided(step)
+        results = [
+            unet(torch.cat([sample] * (1 + (kind == "b"))), t, encoder_hidden_states=states[kind]).sample
+            for kind in kinds
+        ]
+        halves = torch.cat(results[::-1] if kinds == "cu" else results)
+        uncond, cond = halves[0], halves[-1]
+        sample = sample - 0.1 * (uncond + 3 * (cond - uncond))
+    return sample
+
+
+def test_guidance_in_one_call_or_two_is_the_same(animatediff: Any) -> None:
+    unet = animatediff.unet
+    together, apart, turned = (denoised(unet, lambda step, kinds=kinds: kinds) for kinds in ("b", "uc", "cu"))
+    assert relative(apart, together) < TOLERANCE
+    assert torch.equal(apart, turned)
+    with watched() as bits:
+        denoised(unet, lambda step: "uc")
+    assert "".join(bits) == "110011001100"
+    assert kept_bytes(unet) == 0
+
+
+@pytest.mark.parametrize(
+    ("guided", "bits", "held"),
+    [("uc", "11 0 1 10 1 0", [0, 2, 1, 1, 0, 1]), ("b", "1 1 1 1 1 0", [0, 2, 2, 1, 1, 1])],
+    ids=["apart", "together"],
+)
+def test_guidance_for_a_part_of_the_steps(animatediff: Any, guided: str, bits: str, held: list[int]) -> None:
+    """What is kept of a half that is left out goes; where it comes back, it is computed."""
+    unet, found = animatediff.unet, []
+
+    def interval(step: int) -> str:
+        found.append(kept_bytes(unet))
+        return guided if step in (0, 3) else "c"
+
+    with watched() as ran:
+        first = denoised(unet, interval)
+    assert "".join(ran) == bits.replace(" ", "")
+    assert found == [found[5] * count for count in held]
+    assert torch.equal(denoised(unet, interval), first)
+    assert kept_bytes(unet) == 0
+
+
+def test_a_sampler_of_ones_own_declares_its_steps(animatediff: Any) -> None:
+    """Of timesteps that are no list, even beside a pipeline that has one."""
+    latents(animatediff, num_inference_steps=2)
+    want = denoised(animatediff.unet, lambda step: "uc")
+    timesteps: Any = [t.clone() for t in torch.linspace(900, 20, STEPS)]
+    with pytest.raises(fmecompile.OptionError, match=r"fmecompile\.generation"):
+        denoised(animatediff.unet, lambda step: "uc", timesteps=timesteps)
+    with fmecompile.generation(steps=STEPS):
+        assert torch.equal(denoised(animatediff.unet, lambda step: "uc", timesteps=timesteps), want)
+    assert kept_bytes(animatediff.unet) == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- budget
+
+
+POLICIES = {
+    "feature": fmecompile.DeepCache(interval=2),
+    "residual": fmecompile.StepRehash(full_steps=3, mode="residual"),
+    "forecast": fmecompile.DeepCache(interval=2, mode="forecast", order=2),
+}
+
+
+def unet_inputs(unet: nn.Module) -> dict[str, torch.Tensor]:
+    states = torch.randn(4, 7, pipelines.WIDTH)
+    return {"sample": torch.randn(1, 4, 4, 8, 8), "encoder_hidden_states": states}
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@torch.no_grad()
+def test_kept_bytes_count_in_a_budget(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allowed >= projected >= measured at every step, full or not, beside what earlier steps kept."""
+    monkeypatch.setenv("FMECOMPILE_MIN_TRIP_BYTES", "0")
+    unet = pipelines.one_level_animatediff()
+    inputs = unet_inputs(unet)
+    fmecompile.optimize(unet, reuse=policy, strict=True)
+    for t in torch.linspace(900, 20, STEPS):
+        unet(timestep=t, **inputs)
+    (reuse,) = reuse_of(unet)
+    for k, p in reuse.plans.items():
+        print(k, p.floor_bytes, p.projected_peak_bytes, p.eager_peak_bytes, reuse.kept_bytes)
