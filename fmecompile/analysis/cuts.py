@@ -143,7 +143,8 @@ class Cuts:
         if kind in ("attention", "spatial_attention", "temporal_attention", "cross_attention"):
             found = self.attention(kind.removesuffix("attention").rstrip("_"))
             if not found:
-                raise OptionError(f"this model has no {kind.replace('_', ' ')}", next_step="name another cut")
+                why = "name another cut, or leave that component out; attention over one key is none"
+                raise OptionError(f"this model has no {kind.replace('_', ' ')}", next_step=why)
             return found
         return self.results_of(name)
 
