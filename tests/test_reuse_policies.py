@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -245,6 +246,8 @@ def own_decisions(policy: Any, taken: list[Taken]) -> list[Any]:
 def test_every_policy_runs(build: Callable[[], nn.Module], call: Callable[..., Any], name: str) -> None:
     """Its decisions are carried out, some steps reuse, one program is made per kind of step, and nothing is left."""
     policy, model, inputs = POLICIES[name], build().double(), call(1, 3, 8, 8, torch.float64)
+    if isinstance(policy, reuse.PyramidAttention) and build is small_svd:
+        policy = replace(policy, cross=None)  # over one key: no attention
     with torch.no_grad():
         exact = sampled(model, inputs, STEPS)
         fmecompile.optimize(model, reuse=policy, strict=True)
@@ -372,6 +375,12 @@ def test_a_gap_completes_what_it_was_taken_of() -> None:
     assert int(spectrum.sum()) == 13  # whole numbers within a circle of radius 2
     louder = gap.scaled(1.5, 1.0).completed(output[2:])
     assert not torch.allclose(louder, output, atol=1e-3) and torch.equal(louder[2:], output[2:])
+
+
+def test_a_component_that_is_not_there_is_refused() -> None:
+    cuts = Cuts(normalised(small_svd(), svd_call(1, 3, 8, 8, torch.float32)).program)
+    with pytest.raises(fmecompile.OptionError, match="no cross attention\\n.*leave that component out"):
+        cuts.named("cross_attention")
 
 
 def test_guidance_without_two_halves_is_refused() -> None:
