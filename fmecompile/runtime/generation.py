@@ -2,12 +2,12 @@
 
 A sampler calls the denoiser at a row of timesteps, with guidance perhaps twice at each. Calls at the same timestep
 belong to one **step**. A timestep that is a view of the sampler's list is told by its place there, and the list tells
-the number of steps; so is a copy of one, where the sampler is known. Another one is told by its value, where that can be
-read without the device. A **generation** ends
-where the list is another one or is begun anew, where values turn back, or where ``generation(steps=...)`` says so.
+the number of steps; so is a copy of one, where the sampler is known. Another one is told by its value, where that can
+be read without the device. A **generation** ends where the list is another one or is begun anew, where values turn
+back, or where ``generation(steps=...)`` says so.
 
 Calls of one step are told apart by what they are called with: a **branch** is called with the same tensors at each
-step, or where none are the same, in the same order.
+step, or where none are the same, in the same order. A branch that is left out at a step begins anew afterwards.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fmecompile.errors import OptionError
+
+Anchor = tuple["weakref.ref[torch.UntypedStorage]", Any, int]
 
 MAX_BRANCHES = 8
 """Branches kept of one generation; the one that was called longest ago goes first."""
@@ -64,27 +66,29 @@ def generation(steps: int | None = None) -> Iterator[None]:
 class Branch:
     """One stream of calls in a generation. ``state`` is whatever a caller keeps with it."""
 
-    anchors: tuple[tuple[weakref.ref[torch.Tensor], int], ...]
+    anchors: tuple[Anchor, ...]
     step: int = -1
     state: Any = None
 
     def matches(self, leaves: Sequence[torch.Tensor]) -> int:
         """How many of ``leaves`` are the tensors this branch was called with before, unchanged."""
-        pairs = zip(self.anchors, leaves, strict=True)
-        return sum(known() is leaf and version == version_of(leaf) for (known, version), leaf in pairs)
+        return sum(known == anchor for known, anchor in zip(self.anchors, anchored(leaves), strict=True))
 
     def remember(self, leaves: Sequence[torch.Tensor]) -> None:
         self.anchors = anchored(leaves)
 
 
-def anchored(leaves: Sequence[torch.Tensor]) -> tuple[tuple[weakref.ref[torch.Tensor], int], ...]:
-    """What :meth:`Branch.matches` compares with."""
-    return tuple((weakref.ref(leaf), version_of(leaf)) for leaf in leaves)
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """How often ``tensor`` was changed in place; -1 where torch does not count that."""
-    return -1 if tensor.is_inference() else tensor._version
+def anchored(leaves: Sequence[torch.Tensor]) -> tuple[Anchor, ...]:
+    """What tells whether tensors are the ones of before: where they lie, and how often that was changed in place (-1
+    where torch does not count it). The same part of a storage is the same, though it was sliced out again."""
+    return tuple(
+        (
+            weakref.ref(leaf.untyped_storage()),
+            (leaf.storage_offset(), leaf.shape, leaf.stride()),
+            -1 if leaf.is_inference() else leaf._version,
+        )
+        for leaf in leaves
+    )
 
 
 @dataclass(eq=False)
@@ -180,8 +184,8 @@ def _index(values: list[float], value: float) -> int | None:
 
 
 class Timeline:
-    """The generations of one module; each thread has its own. ``pipeline`` is the diffusion pipeline whose sampler calls
-    the module, where that is known."""
+    """The generations of one module; each thread has its own. ``pipeline`` is the diffusion pipeline that calls the
+    module, where that is known."""
 
     def __init__(self, pipeline: Any = None) -> None:
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
