@@ -176,7 +176,8 @@ def _sampler_mark(pipeline: Any, mark: _Mark) -> _Mark | None:
         place = made if hasattr(sampler, "step_index") and made < listed.numel() else None
     if place is None:
         return None
-    return _Mark(mark.value, listed.untyped_storage(), listed.storage_offset() + place, listed.numel(), True)
+    offset = int(listed.storage_offset())
+    return _Mark(mark.value, listed.untyped_storage(), offset + place, offset + listed.numel(), True)
 
 
 def _index(values: list[float], value: float) -> int | None:
