@@ -113,10 +113,9 @@ def test_reuse_is_the_same_in_every_generation(build: Callable[[], Any], policy:
     assert torch.equal(latents(reusing(plain, policy)), first)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("build", BUILDS)
 def test_two_programs_serve_fifty_steps(build: Callable[[], Any]) -> None:
-    """And the frames themselves come out, for a size that has nothing to do with the clip before."""
+    """And the frames themselves come out."""
     fast = reusing(build(), fmecompile.StepRehash(full_steps=13))
     for _ in range(2):
         with watched() as bits:
@@ -147,7 +146,6 @@ def assert_as_in_a_fresh_pipeline(plain: Any, **call: Any) -> None:
     assert torch.equal(latents(reusing(plain), **call), differing)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_call_that_differs_is_as_in_a_fresh_pipeline(change: str) -> None:
     assert_as_in_a_fresh_pipeline(pipelines.animatediff(), **CHANGES[change])
