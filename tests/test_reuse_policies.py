@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +24,7 @@ from fmecompile.reuse import FULL, REUSE, Broadcast
 from fmecompile.reuse.policy import FeedbackPolicy, ProbePolicy
 from fmecompile.runtime.change import Frames, changes, motion
 from fmecompile.runtime.executable import Executable
+from fmecompile.runtime.guidance import Gap, gap_bytes
 from fmecompile.runtime.reusing import HEAD, Taken
 from tests.models import animatediff_call, small_animatediff, small_svd, svd_call
 from tests.test_step_reuse import MODELS, compiler, normalised, record, sampled
@@ -175,7 +177,9 @@ def test_no_work_is_wasted(denoiser: tuple[nn.Module, Any, Compilation], policy:
 # ----------------------------------------------------------------------------------------------------- what is measured
 
 
-def test_changes_are_relative_and_of_the_tokens_that_changed() -> None:
+@pytest.mark.parametrize("part", [1, 2**22])
+def test_changes_are_relative_and_of_the_tokens_that_changed(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fmecompile.runtime.change.PART", part)
     then = torch.ones(2, 4, 3, 3, dtype=torch.float64)
     now = then.clone()
     now[:, :, 0, 0] = 1.9
@@ -203,8 +207,8 @@ def _errors(scale: float) -> dict[int, tuple[float, ...]]:
 
 ALWAYS = (0.0, 1000.0)
 POLICIES = {
-    "first-block": reuse.FirstBlockCache(threshold=0.1),
-    "db": reuse.DBCache(head_blocks=3, tail_blocks=2, warm_up_steps=1, threshold=0.1, token_threshold=0.01),
+    "first-block": reuse.FirstBlockCache(threshold=0.3),
+    "db": reuse.DBCache(head_blocks=3, tail_blocks=2, warm_up_steps=1, threshold=0.3, token_threshold=0.01),
     "tea": reuse.TeaCache(threshold=0.2),
     "tea-forecast": reuse.TeaCache(threshold=1.5, indicator="time_embedding", cut="auto", mode="forecast"),
     "ada": reuse.AdaCache(codebook=((0.3, 2), (1.0, 1))),
@@ -242,6 +246,8 @@ def own_decisions(policy: Any, taken: list[Taken]) -> list[Any]:
 def test_every_policy_runs(build: Callable[[], nn.Module], call: Callable[..., Any], name: str) -> None:
     """Its decisions are carried out, some steps reuse, one program is made per kind of step, and nothing is left."""
     policy, model, inputs = POLICIES[name], build().double(), call(1, 3, 8, 8, torch.float64)
+    if isinstance(policy, reuse.PyramidAttention) and build is small_svd:
+        policy = replace(policy, cross=None)  # over one key: no attention
     with torch.no_grad():
         exact = sampled(model, inputs, STEPS)
         fmecompile.optimize(model, reuse=policy, strict=True)
@@ -334,6 +340,51 @@ def test_a_value_that_a_later_cut_hides_is_kept_until_it_is_read() -> None:
     assert set(taken.plans) == {told.decision for told in taken.runs[-1]}
 
 
-def test_guidance_is_refused_before_anything_is_compiled() -> None:
-    with pytest.raises(fmecompile.OptionError, match=r"use FasterCache\(guidance=False\)"):
-        fmecompile.optimize(small_svd(), reuse=reuse.FasterCache())
+# ------------------------------------------------------------------------------------------------------------- guidance
+
+GUIDED = reuse.FasterCache(attention_after=2, guidance_after=2, guidance_every=4, low_until=9, high_from=0)
+
+
+@pytest.mark.parametrize(("build", "call"), MODELS)
+def test_a_skipped_branch_is_rebuilt(build: Callable[[], nn.Module], call: Callable[..., Any]) -> None:
+    """The conditional half is as exact as without the other; both come out of every step; nothing is left."""
+    model, inputs = build().double(), call(2, 3, 8, 8, torch.float64)
+    branch = reuse.FasterCache(attention=False, guidance_after=2, guidance_every=4, frequency_gain=1.0)
+    with torch.no_grad():
+        exact = sampled(model, inputs, STEPS)
+        fmecompile.optimize(model, reuse=branch, strict=True)
+        got = sampled(model, inputs, STEPS)
+        assert torch.allclose(got[1], exact[1], rtol=1e-10, atol=1e-10)
+        assert 0 < (got[0] - exact[0]).norm() < 0.1 * exact[0].norm()
+        fmecompile.optimize(model, reuse=GUIDED, strict=True)
+        first = sampled(model, inputs, STEPS)
+        assert torch.equal(sampled(model, inputs, STEPS), first)
+    assert [told.decision for told in record(model).runs[-1]] == list(GUIDED.plan(reuse.Steps(STEPS)))
+    assert 0 < (first - exact).norm() < 0.3 * exact.norm()
+    assert compiler(model).timeline.kept_bytes() == 0
+    plans = record(model).plans
+    assert plans[frozenset({reuse.UNCOND})].projected_peak_bytes < plans[FULL].projected_peak_bytes
+
+
+def test_a_gap_completes_what_it_was_taken_of() -> None:
+    output = torch.randn(4, 3, 10, 15)
+    gap = Gap.of(output)
+    assert torch.allclose(gap.completed(output[2:]), output, atol=1e-5)
+    assert gap.nbytes == gap_bytes(output.numel(), output.dtype)
+    spectrum = torch.fft.fftshift(gap.low[0, 0].abs() > 0)
+    assert int(spectrum.sum()) == 13  # whole numbers within a circle of radius 2
+    louder = gap.scaled(1.5, 1.0).completed(output[2:])
+    assert not torch.allclose(louder, output, atol=1e-3) and torch.equal(louder[2:], output[2:])
+
+
+def test_a_component_that_is_not_there_is_refused() -> None:
+    cuts = Cuts(normalised(small_svd(), svd_call(1, 3, 8, 8, torch.float32)).program)
+    with pytest.raises(fmecompile.OptionError, match=r"no cross attention\\n.*leave that component out"):
+        cuts.named("cross_attention")
+
+
+def test_guidance_without_two_halves_is_refused() -> None:
+    model, inputs = small_svd(), svd_call(1, 3, 8, 8, torch.float32)
+    fmecompile.optimize(model, reuse=GUIDED, strict=True)
+    with torch.no_grad(), pytest.raises(fmecompile.OptionError, match="guidance is off"):
+        sampled(model, inputs, STEPS)

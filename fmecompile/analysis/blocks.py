@@ -1,15 +1,16 @@
 """The stack of blocks of a denoiser: modules called one after another that take the hidden state and return it.
 
 Told by what enters and leaves: a block takes one value that the clip reached and returns one, or takes and returns
-several of equal shapes (the clip and the text of a joint transformer). A module that does anything else, like the half
-of a UNet that hands out skip connections, is looked into. Blocks are repeated, so a stack begins and ends with elements
-of module lists; what is called in between (the middle of a UNet) belongs to it.
+several of equal shapes (the clip and the text of a joint transformer, whose last block returns the clip alone). A
+module that does anything else, like the half of a UNet that hands out skip connections, is looked into. Blocks are
+repeated, so a stack begins and ends with elements of module lists; what is called in between (the middle of a UNet)
+belongs to it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -33,12 +34,16 @@ def block_stack(program: Program, moving: set[fx.Node]) -> list[Block]:
     nodes = compute_nodes(program.graph)
     called = {path for node in nodes for path in called_in(node)}
     weights = {n for n, b in zip(program.placeholders, program.bindings, strict=True) if isinstance(b, Weight)}
-    found = list(_blocks(nodes, 0, moving, weights))
+    found: list[Block] = []
+    _find(nodes, 0, moving, weights, found)
     listed = [at for at, block in enumerate(found) if _is_listed(block.path, called)]
     return found[listed[0] : listed[-1] + 1] if listed else []
 
 
-def _blocks(nodes: Iterable[fx.Node], depth: int, moving: set[fx.Node], weights: set[fx.Node]) -> Iterator[Block]:
+def _find(
+    nodes: Iterable[fx.Node], depth: int, moving: set[fx.Node], weights: set[fx.Node], found: list[Block]
+) -> None:
+    """Add the blocks among the modules called in ``nodes``, ``depth`` calls deep or deeper, to ``found``."""
     calls: dict[str, list[fx.Node]] = {}
     for node in nodes:
         paths = list(called_in(node))
@@ -46,13 +51,22 @@ def _blocks(nodes: Iterable[fx.Node], depth: int, moving: set[fx.Node], weights:
             calls.setdefault(paths[depth], []).append(node)
     for path, inside in calls.items():
         block = _block(path, inside, moving, weights)
-        if block is not None:
-            yield block
-        elif any(node in moving for node in inside):
-            yield from _blocks(inside, depth + 1, moving, weights)
+        if _is_block(block, found):
+            found.append(block)
+        elif block.returns:
+            _find(inside, depth + 1, moving, weights, found)
 
 
-def _block(path: str, nodes: Sequence[fx.Node], moving: set[fx.Node], weights: set[fx.Node]) -> Block | None:
+def _is_block(block: Block, found: Sequence[Block]) -> bool:
+    takes, returns = (Counter(map(_shape, states)) for states in (block.takes, block.returns))
+    if len(block.takes) == len(block.returns):
+        return len(block.takes) == 1 or (takes == returns and bool(takes))
+    handed_on = found[-1].returns if found else ()
+    return bool(returns) and set(block.takes) == set(handed_on) and returns <= takes
+
+
+def _block(path: str, nodes: Sequence[fx.Node], moving: set[fx.Node], weights: set[fx.Node]) -> Block:
+    """What enters and leaves the call of a module of what the clip reached."""
     inside = set(nodes)
     entering = dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in inside and is_large(o))
     takes = [value for value in entering if value in moving]
@@ -63,9 +77,6 @@ def _block(path: str, nodes: Sequence[fx.Node], moving: set[fx.Node], weights: s
             if value not in moving and value not in weights and missing[_shape(value)] > 0:
                 missing[_shape(value)] -= 1
                 takes.append(value)
-    keeps_shapes = Counter(map(_shape, returns)) == Counter(map(_shape, takes))
-    if not returns or len(takes) != len(returns) or (len(returns) > 1 and not keeps_shapes):
-        return None
     return Block(path, tuple(takes), tuple(returns))
 
 

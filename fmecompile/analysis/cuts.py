@@ -12,7 +12,6 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import permutations
 
 import networkx as nx
 import torch
@@ -143,7 +142,8 @@ class Cuts:
         if kind in ("attention", "spatial_attention", "temporal_attention", "cross_attention"):
             found = self.attention(kind.removesuffix("attention").rstrip("_"))
             if not found:
-                raise OptionError(f"this model has no {kind.replace('_', ' ')}", next_step="name another cut")
+                why = "name another cut, or leave that component out; attention over one key is none"
+                raise OptionError(f"this model has no {kind.replace('_', ' ')}", next_step=why)
             return found
         return self.results_of(name)
 
@@ -151,8 +151,12 @@ class Cuts:
         """The same as a residual, with what it saves so."""
         if value.source is None:
             value = replace(value, source=self._entering(value).name)
-        saved = 1 - sum(map(all_products, self.running({value.value: value.source}))) / max(self.work, 1)
-        return replace(value, saved=saved)
+        return replace(value, saved=self.saved_by([value]))
+
+    def saved_by(self, values: Iterable[CutValue]) -> float:
+        """The share of all work that is saved by a step that takes all of ``values``."""
+        running = self.running({value.value: value.source for value in values})
+        return 1 - sum(map(all_products, running)) / max(self.work, 1)
 
     def running(self, cut: Mapping[str, str | None]) -> set[fx.Node]:
         """The calls among :meth:`alive`."""
@@ -180,16 +184,14 @@ class Cuts:
         stack = self.stack(head + tail + 1)
         first, last = head, len(stack) - tail - 1
         return [
-            replace(self.cut_value(value, stack[last].path), source=self._state_like(value, place, first))
-            for place, value in enumerate(stack[last].returns)
+            replace(self.cut_value(value, stack[last].path), source=self._state_like(value, first))
+            for value in stack[last].returns
         ]
 
-    def _state_like(self, value: fx.Node, place: int, first: int) -> str | None:
+    def _state_like(self, value: fx.Node, first: int) -> str | None:
         shape = tensor_spec(value).shape
-        for block in reversed(self.blocks[: first + 1]):
-            if len(block.takes) > place and tensor_spec(block.takes[place]).shape == shape:
-                return block.takes[place].name
-        return None
+        states = (state for block in reversed(self.blocks[: first + 1]) for state in block.takes)
+        return next((state.name for state in states if tensor_spec(state).shape == shape), None)
 
     def stack(self, least: int) -> list[Block]:
         """The blocks, at least so many. Raises OptionError where there are fewer."""
@@ -257,11 +259,9 @@ class Cuts:
         """Where a skip connection is joined: what waited, and what was made of it meanwhile; in execution order."""
         found = []
         for node in self.nodes:
-            operands = node.args[0] if node.target is aten.cat.default else ()
-            if isinstance(operands, (list, tuple)) and len(operands) == 2:
-                joined = [node for node in operands if isinstance(node, fx.Node)]
-                pairs = permutations(joined, 2)
-                found += [(early, late) for early, late in pairs if before([late]) & set(_waiting(early))]
+            operands = node.all_input_nodes if node.target is aten.cat.default else []
+            pairs = (operands, operands[::-1]) if len(operands) == 2 else ()
+            found += [(early, late) for early, late in pairs if before([late]) & set(_waiting(early))]
         return found
 
     def results_of(self, pattern: str) -> list[CutValue]:
@@ -277,14 +277,15 @@ class Cuts:
         return sorted(found, key=lambda cut: names[cut.value])
 
     def attention(self, kind: str) -> list[CutValue]:
-        """Results of the modules right around attention: over ``spatial``, ``temporal`` or ``cross`` keys, or all."""
+        """Results of the modules right around attention: over keys that no clip reaches (``cross``), over those of
+        other frames alone (``temporal``), over any others (``spatial``), or all."""
         frames, space = clip_atoms(self.program, self.axes)
         found: dict[str, CutValue] = {}
         for node in self.nodes:
             if node.target is not aten.scaled_dot_product_attention.default:
                 continue
-            is_temporal, is_spatial = mixes(node, self.axes, frames), mixes(node, self.axes, space)
-            own = "temporal" if is_temporal else "spatial" if is_spatial else "cross"
+            is_temporal = mixes(node, self.axes, frames) and not mixes(node, self.axes, space)
+            own = "cross" if node.args[1] not in self.moving else "temporal" if is_temporal else "spatial"
             path = list(called_in(node))[-1]
             if kind in ("", own):
                 for result in self._leaving(path):

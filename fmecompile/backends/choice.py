@@ -19,6 +19,7 @@ from fmecompile.passes.step_reuse import Cut, StepReuse
 from fmecompile.reuse.policy import FeedbackPolicy, Policy, ProbePolicy
 from fmecompile.reuse.steps import FULL, Decision
 from fmecompile.runtime.change import Frames
+from fmecompile.runtime.guidance import gap_bytes
 from fmecompile.runtime.reusing import HEAD
 
 _CROSSING = next(iter(HEAD))
@@ -27,11 +28,14 @@ _CROSSING = next(iter(HEAD))
 @dataclass(frozen=True)
 class Choice:
     """``cuts`` may be reused, and lie at ``values``; ``probes`` are measured, at ``watched``, whose frames are in
-    ``frames``; ``crossing`` is what a step's head hands to its tail, where the policy decides in between."""
+    ``frames``; ``crossing`` is what a step's head hands to its tail, where the policy decides in between. ``batch`` is
+    that of the first clip, ``gap_bytes`` what is kept of the difference between the halves of guidance."""
 
     cuts: tuple[Cut, ...]
     values: tuple[CutValue, ...]
     order: int
+    batch: int
+    gap_bytes: int = 0
     probes: tuple[Cut, ...] = ()
     watched: tuple[CutValue, ...] = ()
     frames: tuple[Frames, ...] = ()
@@ -48,16 +52,19 @@ class Choice:
         head = probes.head(watched) if has_head else set()
         before = {node.name for node in head}
         chosen = {name: _chosen(policy, cuts, name, before) for name in policy.cuts}
-        made = partial(cls, tuple(_named(chosen)), tuple(v for found in chosen.values() for v in found))
+        values = tuple(value for found in chosen.values() for value in found)
+        batch = tensor_spec(cuts.clips[0]).shape[0] if cuts.clips else 1
         order = policy.order if policy.mode == "forecast" else 0
+        gap = sum(map(_gap_bytes, program.outputs)) if policy.needs_guidance else 0
+        made = partial(cls, tuple(_named(chosen)), values, order, batch, gap)
         measured = tuple(Cut(f"(probe):{k}", v.value, "(probe)", v.source) for k, v in enumerate(watched))
         if not has_head:
-            return made(order, measured, tuple(watched), frames)
+            return made(measured, tuple(watched), frames)
         sources = {value.source for found in chosen.values() for value in found}
         nodes = list(_crossing(program, head, sources, facts))
         crossing = tuple(Cut(f"{_CROSSING}:{k}", node.name, _CROSSING) for k, node in enumerate(nodes))
         nbytes = {cut.name: _nbytes(node) for cut, node in zip(crossing, nodes, strict=True)}
-        return made(order, measured, tuple(watched), frames, crossing, nbytes)
+        return made(measured, tuple(watched), frames, crossing, nbytes)
 
     @property
     def components(self) -> dict[str, tuple[str, ...]]:
@@ -89,7 +96,7 @@ class Choice:
         pairs = list(zip(self.cuts, self.values, strict=True))
         kept = sum(v.nbytes * (self.order + 1) for c, v in pairs if c.name not in renewed)
         crossing = sum(nbytes for name, nbytes in self.crossing_bytes.items() if name in taken)
-        return kept + crossing + self.watched_bytes
+        return kept + crossing + self.watched_bytes + self.gap_bytes
 
 
 def _watched(policy: Policy, probes: Probes) -> tuple[list[CutValue], tuple[Frames, ...]]:
@@ -113,7 +120,7 @@ def _chosen(policy: Policy, cuts: Cuts, component: str, head: set[str]) -> list[
     """The values of one component, without those that the head of every step computes anyway."""
     wanted = policy.cuts[component]
     found = [value for value in cuts.named(wanted, policy.mode) if value.value not in head]
-    if not any(value.saved > 0 for value in found):
+    if cuts.saved_by(found) <= 0:
         raise OptionError(
             f"{wanted!r} can be reused, and nothing would be saved by it",
             next_step='name a later value, or use cut="auto"',
@@ -139,6 +146,11 @@ def _crossing(program: Program, head: set[fx.Node], sources: set[str | None], fa
             root = roots[node]
             found[root if isinstance(node_spec(root), TensorSpec) else node] = None
     yield from (node for node in found if node.op == "call_function")
+
+
+def _gap_bytes(value: object) -> int:
+    spec = tensor_spec(value) if isinstance(value, fx.Node) else None
+    return gap_bytes(spec.numel, spec.dtype) if spec is not None else 0
 
 
 def _nbytes(node: fx.Node) -> int:

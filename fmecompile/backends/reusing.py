@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fmecompile.analysis.cuts import CutValue
 from fmecompile.backends.budgeted import within_budget
@@ -23,7 +23,6 @@ from fmecompile.capture.example import Example
 from fmecompile.capture.export import capture
 from fmecompile.capture.families import SCALAR_INPUTS
 from fmecompile.capture.shell import Shell
-from fmecompile.errors import OptionError
 from fmecompile.graph.plan import Plan
 from fmecompile.graph.program import Input, Program
 from fmecompile.graph.specs import node_spec
@@ -32,9 +31,10 @@ from fmecompile.passes.prologue import Prologue as SplitPrologue
 from fmecompile.passes.prologue import kept_bytes
 from fmecompile.pipeline import Compilation, Record, lower_within, normalise
 from fmecompile.reuse.policy import Policy
-from fmecompile.reuse.steps import FULL, Decision, to_bits
+from fmecompile.reuse.steps import FULL, UNCOND, Decision, Steps, to_bits
 from fmecompile.runtime.executable import Compiled, Executable
 from fmecompile.runtime.generation import Timeline
+from fmecompile.runtime.guidance import halved
 from fmecompile.runtime.prologue import Prologue
 from fmecompile.runtime.reusing import HEAD, Reusing, Runs, new_runs
 
@@ -43,7 +43,8 @@ from fmecompile.runtime.reusing import HEAD, Reusing, Runs, new_runs
 class ReuseRecord:
     """What is reused in one signature: the policy in words, the values, those that are measured, the plan of each kind
     of step so far (``HEAD`` for what runs before a policy decides), and what the steps of the latest runs did.
-    ``order`` is that of the forecast, ``shared_bytes`` what all steps share and one of them makes."""
+    ``order`` is that of the forecast, ``gap_bytes`` what the halves of guidance differ by, ``shared_bytes`` what all
+    steps share and one of them makes."""
 
     policy: str
     values: tuple[CutValue, ...]
@@ -51,6 +52,7 @@ class ReuseRecord:
     notes: dict[Decision, str]
     watched: tuple[CutValue, ...] = ()
     order: int = 0
+    gap_bytes: int = 0
     runs: Runs = field(default_factory=new_runs)
     allowances: dict[Decision, Allowance] = field(default_factory=dict)
     shared_bytes: int = 0
@@ -58,7 +60,8 @@ class ReuseRecord:
     @property
     def kept_bytes(self) -> int:
         """Bytes of the values that are kept between steps."""
-        return sum(v.nbytes * (self.order + 1) for v in self.values) + sum(v.nbytes for v in self.watched)
+        values = sum(v.nbytes * (self.order + 1) for v in self.values)
+        return values + sum(v.nbytes for v in self.watched) + self.gap_bytes
 
     def __str__(self) -> str:
         lines = [f"{self.policy}; {len(self.plans)} programs so far"]
@@ -85,19 +88,12 @@ def _kind(decision: Decision) -> str:
 
 @dataclass(frozen=True)
 class ReusingCompiler:
-    """The compiler callback of a dispatcher whose module runs under ``policy``. Raises OptionError for one that is not
-    supported yet, or is calibrated on another model."""
+    """The compiler callback of a dispatcher whose module runs under ``policy``. Raises CalibrationMismatch where that
+    was calibrated on another one."""
 
     eager: EagerCompiler
     policy: Policy
     timeline: Timeline = field(default_factory=Timeline)
-
-    def __post_init__(self) -> None:
-        if self.policy.needs_guidance:
-            name = type(self.policy).__name__
-            raise OptionError(
-                f"{name} with guidance=True is not supported yet", next_step=f"use {name}(guidance=False)"
-            )
 
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -112,43 +108,95 @@ class ReusingCompiler:
                 shown(name)
 
             shell = Shell(module, forward)
-            compilation = Compilation(capture(shell, args, kwargs))
-            normalise(compilation, observe)
             timestep = place_of_timestep(forward, args, kwargs)
-            places = conditioning(compilation.program, timestep)
-            compilation.done("prologue", split(compilation, places), observe)
-            variants = _Variants(self, shell, Example.of(args, kwargs), compilation)
-            for decision in (HEAD, FULL) if variants.choice.crossing else (FULL,):
+            whole = _Captured.of(shell, args, kwargs, self.policy, timestep, observe)
+            half = None
+            if self.policy.needs_guidance:
+                self.policy.check(Steps(1), whole.batch % 2 == 0)
+                leaves, tree = tree_flatten((args, kwargs))
+                half_args, half_kwargs = tree_unflatten(halved(leaves, whole.batch), tree)
+                half = _Captured.of(shell, half_args, half_kwargs, self.policy, timestep)
+            variants = _Variants(self, shell, whole, half)
+            for decision in (HEAD, FULL) if whole.choice.crossing else (FULL,):
                 variants.make(decision, observe)
         plan = max(variants.record.plans.values(), key=lambda plan: plan.projected_peak_bytes)
-        record = Record(plan, variants.example, tuple(notes), variants.allowance, variants.record)
-        return Reusing(self.policy, variants, self.timeline, timestep, places, variants.record.runs), record
+        record = Record(plan, whole.example, tuple(notes), variants.allowance, variants.record)
+        runs = variants.record.runs
+        return Reusing(self.policy, variants, self.timeline, timestep, whole.conditioning, runs), record
 
     def situation(self) -> Hashable:
         """What a program depends on apart from the call and the module."""
         return self.eager.situation()
 
 
-class _Variants:
-    """The programs of one signature, by what a step reuses."""
+@dataclass(frozen=True)
+class _Captured:
+    """One call of the module, normalised, and what is reused in it; ``batch`` is that of its first clip, and
+    ``conditioning`` are the leaves that tell branches apart."""
 
-    def __init__(self, compiler: ReusingCompiler, shell: Shell, example: Example, compilation: Compilation) -> None:
-        self._compiler, self._shell, self._compilation = compiler, shell, compilation
-        self.example = example
+    example: Example
+    compilation: Compilation
+    choice: Choice
+    batch: int
+    conditioning: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        shell: Shell,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        policy: Policy,
+        timestep: int | None,
+        observe: Any = None,
+    ) -> _Captured:
+        compilation = Compilation(capture(shell, args, kwargs))
+        normalise(compilation, observe)
+        conditioning = conditioning_leaves(compilation.program, timestep)
+        if not policy.needs_guidance:  # half of an input is another tensor at every step
+            compilation.done("prologue", split(compilation, conditioning), observe)
+        choice = Choice.of(policy, compilation.program, compilation.facts)
+        return cls(Example.of(args, kwargs), compilation, choice, choice.batch, conditioning)
+
+    def inputs(self) -> Any:
+        """The arguments on fake tensors."""
+        return self.example.materialise(FakeTensorMode(allow_non_fake_inputs=True))
+
+    def variant(self, decision: Decision) -> tuple[Program, str]:
+        """The program of a step that reuses ``decision``, and what was done in words."""
+        program = self.compilation.program.copy()
+        return program, self.choice.rewrite(program, decision, self.compilation.facts)
+
+
+class _Variants:
+    """The programs of one signature, by what a step reuses; of its conditional ``half`` for steps without the other."""
+
+    def __init__(self, compiler: ReusingCompiler, shell: Shell, whole: _Captured, half: _Captured | None) -> None:
+        self._compiler, self._shell, self._whole, self._half = compiler, shell, whole, half
         self._lock = threading.RLock()
         self._made: dict[tuple[Decision, int], Executable] = {}
         self._renewed: dict[Decision, frozenset[str]] = {}
-        self.prologue, self._shared_bytes = self._made_once()
-        policy = compiler.policy
-        self.choice = choice = Choice.of(policy, compilation.program, compilation.facts)
-        self.components = choice.components
+        choice = whole.choice
+        self.components, self.frames, self.batch = choice.components, choice.frames, whole.batch
         self.probes = tuple(cut.name for cut in choice.probes)
-        self.frames = choice.frames
-        words = policy.describe()
+        policy = compiler.policy.describe()
+        self.prologue, shared = self._made_once()
         self.record = ReuseRecord(
-            words, choice.values, {}, {}, choice.watched, choice.order, shared_bytes=self._shared_bytes
+            policy, choice.values, {}, {}, choice.watched, choice.order, choice.gap_bytes, shared_bytes=shared
         )
         self.allowance: Any = None
+
+    def _made_once(self) -> tuple[Prologue | None, int]:
+        """What runs the prologue, and the bytes that it makes."""
+        program = self._whole.compilation.program.prologue
+        if program is None:
+            return None, 0
+        compiled, _ = lower_within(replace(self._whole.compilation, program=program, notes=[]))
+        leaves = [binding.leaf for binding in program.bindings if isinstance(binding, Input)]
+        return Prologue(Executable(compiled, self._shell.module), leaves), kept_bytes(program)
+
+    def _captured(self, decision: Decision) -> _Captured:
+        return self._half if self._half is not None and UNCOND in decision else self._whole
 
     def __call__(self, decision: Decision, elsewhere_bytes: int = 0) -> Executable:
         """The program of a step that reuses ``decision``, or the head of every step, while other branches keep
@@ -158,43 +206,32 @@ class _Variants:
             fitting = (made for (kind, most), made in self._made.items() if kind == decision and most >= least)
             return next(fitting, None) or self.make(decision, None, least)
 
-    def _made_once(self) -> tuple[Prologue | None, int]:
-        """What runs the prologue, and the bytes that it makes."""
-        program = self._compilation.program.prologue
-        if program is None:
-            return None, 0
-        compiled, _ = lower_within(replace(self._compilation, program=program, notes=[]))
-        leaves = [binding.leaf for binding in program.bindings if isinstance(binding, Input)]
-        return Prologue(Executable(compiled, self._shell.module), leaves), kept_bytes(program)
-
     def renewed(self, decision: Decision) -> frozenset[str]:
         """The cuts whose value such a step computes; another may be dead because a later one is reused."""
         with self._lock:
             if decision not in self._renewed:
-                program = self._compilation.program.copy()
-                self.choice.rewrite(program, decision, self._compilation.facts)
+                program, _ = self._captured(decision).variant(decision - {UNCOND})
                 self._renewed[decision] = frozenset(program.keeps)
             return self._renewed[decision]
 
     def make(self, decision: Decision, observe: Any = None, elsewhere_bytes: int = 0) -> Executable:
         """Compile one of them."""
-        program = self._compilation.program.copy()
-        note = self.choice.rewrite(program, decision, self._compilation.facts)
-        compilation = replace(self._compilation, program=program, notes=[])
+        captured = self._captured(decision)
+        program, note = captured.variant(decision - {UNCOND})
+        compilation = replace(captured.compilation, program=program, notes=[])
         compilation.done("step-reuse", note, observe)
-        held = self.choice.held_bytes(program) + self._shared_bytes + elsewhere_bytes
+        held = captured.choice.held_bytes(program) + self.record.shared_bytes + elsewhere_bytes
         make = partial(self._lower, compilation, observe)
         eager = self._compiler.eager
-        compiled, plan, allowance = within_budget(self._shell, self._inputs(), eager.budget, eager.wishes, make, held)
+        compiled, plan, allowance = within_budget(
+            self._shell, captured.inputs(), eager.budget, eager.wishes, make, held
+        )
         self.allowance = self.allowance or allowance
         if allowance is not None:
             self.record.allowances[decision] = allowance
         self.record.plans[decision], self.record.notes[decision] = plan, note
         made = self._made[decision, elsewhere_bytes] = Executable(compiled, self._shell.module)
         return made
-
-    def _inputs(self) -> Any:
-        return self.example.materialise(FakeTensorMode(allow_non_fake_inputs=True))
 
     def _lower(self, compilation: Compilation, observe: Any, limits: Limits) -> tuple[Compiled, Plan]:
         return lower_within(compilation, self._compiler.eager.saved, limits, observe)
@@ -217,7 +254,7 @@ def place_of_timestep(forward: Callable[..., Any], args: tuple[Any, ...], kwargs
     return next(i for i, leaf in enumerate(leaves) if leaf is told)
 
 
-def conditioning(program: Program, timestep: int | None) -> tuple[int, ...]:
+def conditioning_leaves(program: Program, timestep: int | None) -> tuple[int, ...]:
     """The leaves that a program reads, without clips and the timestep."""
     bound = zip(program.placeholders, program.bindings, strict=True)
     inputs = [(b.leaf, node_spec(node)) for node, b in bound if isinstance(b, Input)]

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+PART = 2**22
+"""Numbers that are compared at a time."""
+
 MOTION_STRIDES = (1,)
 """Distances between the frames that are compared; the released AdaCache compares neighbours."""
 
@@ -37,15 +40,18 @@ def changes(now: Sequence[torch.Tensor], then: Sequence[torch.Tensor], least: fl
 
 
 def _change(value: torch.Tensor, reference: torch.Tensor, least: float) -> torch.Tensor:
-    difference = _wide(value - reference).abs_()
-    size = _wide(reference).abs()
-    if least:
-        channels = 1 if value.dim() > 3 else -1
-        by_token, of_token = difference.mean(channels), size.mean(channels)
-        counts = by_token > least * of_token
-        counts |= ~counts.any()
-        return (by_token * counts).sum() / (of_token * counts).sum()
-    return difference.mean() / size.mean()
+    """Both sums over all tokens and over those that count, a few rows at a time so that next to nothing is held."""
+    rows = max(1, PART * value.shape[0] // max(value.numel(), 1))
+    channels = 1 if value.dim() > 3 else -1
+    sums = torch.zeros(4, dtype=torch.float64 if value.dtype == torch.float64 else torch.float32, device=value.device)
+    for now, then in zip(value.split(rows), reference.split(rows), strict=True):
+        moved, size = ((now - then).abs_(), then.abs())
+        moved, size = (part.sum(channels, dtype=sums.dtype) for part in (moved, size))
+        counts = moved > least * size
+        sums += torch.stack([(moved * counts).sum(), (size * counts).sum(), moved.sum(), size.sum()])
+    if not least:
+        return sums[2] / sums[3]
+    return torch.where(sums[1] > 0, sums[0] / sums[1], sums[2] / sums[3])
 
 
 def motion(values: Sequence[torch.Tensor], frames: Sequence[Frames]) -> torch.Tensor:
@@ -61,14 +67,10 @@ def motion(values: Sequence[torch.Tensor], frames: Sequence[Frames]) -> torch.Te
 
 
 def _motion(value: torch.Tensor, stride: int) -> torch.Tensor:
-    later, earlier = value[stride:], value[:-stride]
-    return _norm(later - earlier) / (_norm(later) + _norm(earlier))
+    pairs = [(_norm(now - then), _norm(now) + _norm(then)) for now, then in zip(value[stride:], value, strict=False)]
+    moved, size = map(torch.stack, zip(*pairs, strict=True))
+    return moved.sum() / size.sum()
 
 
 def _norm(value: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(value, 1, dtype=torch.promote_types(value.dtype, torch.float32))
-
-
-def _wide(value: torch.Tensor) -> torch.Tensor:
-    """In a dtype that holds the sum of a clip."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fmecompile.reuse.db_cache import DBCache
+from fmecompile.reuse.faster_cache import FasterCache
 from fmecompile.reuse.policy import FeedbackPolicy, FeedbackRun, Policy, ProbePolicy, ProbeRun, StaticPolicy
-from fmecompile.reuse.steps import FULL, Decision, Steps
+from fmecompile.reuse.steps import FULL, UNCOND, Decision, Steps
 from fmecompile.runtime.change import Frames, changes, motion
 from fmecompile.runtime.executable import Executable, Keep
 from fmecompile.runtime.generation import Branch, Generation, Timeline
+from fmecompile.runtime.guidance import Gap, conditional, halved
 from fmecompile.runtime.prologue import Prologue
 from fmecompile.runtime.signature import fake_mode_of
 
@@ -25,7 +28,8 @@ HEAD: Decision = frozenset({"(head)"})
 
 class Variants(Protocol):
     """Compiles programs at first use. ``components`` are the cuts of each component, ``probes`` what is measured (kept
-    by the head, or by a full step where the policy looks back), with ``frames``."""
+    by the head, or by a full step where the policy looks back), with ``frames``; ``batch`` that of the clip. A decision
+    with ``UNCOND`` has programs for the second half of the batch."""
 
     @property
     def components(self) -> Mapping[str, tuple[str, ...]]: ...
@@ -33,6 +37,8 @@ class Variants(Protocol):
     def probes(self) -> tuple[str, ...]: ...
     @property
     def frames(self) -> tuple[Frames, ...]: ...
+    @property
+    def batch(self) -> int: ...
 
     def __call__(self, decision: Decision, elsewhere_bytes: int) -> Executable:
         """The program of a step that reuses ``decision``, while so many bytes are kept for others."""
@@ -69,7 +75,8 @@ def new_runs() -> Runs:
 class Kept:
     """What one branch knows of its earlier steps. ``values`` are D_0 .. D_order of each cut (D_0 alone without a
     forecast), ``computed`` the steps that computed it, ``measured`` the values that the next ones are compared with.
-    A static policy has a ``plan``, another one a ``run``."""
+    A static policy has a ``plan``, another one a ``run``. ``gaps`` lie between the halves of guidance, one for each
+    result; once a step left the unconditional half out, ``values`` are of the other one (``is_halved``)."""
 
     steps: Steps
     plan: tuple[Decision, ...] | None = None
@@ -78,6 +85,18 @@ class Kept:
     computed: dict[str, list[int]] = field(default_factory=dict)
     measured: tuple[torch.Tensor, ...] = ()
     taken: list[Taken] = field(default_factory=list)
+    gaps: tuple[Gap, ...] = ()
+    is_halved: bool = False
+
+    def halve(self) -> None:
+        """Keep the conditional half alone."""
+        if not self.is_halved:
+            self.values = {n: [conditional(d).clone() for d in held] for n, held in self.values.items()}
+            self.is_halved = True
+
+    def forget(self) -> None:
+        """Let go of everything."""
+        self.values, self.measured, self.gaps = {}, (), ()
 
     def decide(self, step: int, change: float | None = None) -> Decision:
         """What ``step`` reuses; a step that calls twice is decided once. A run counts the steps of its branch."""
@@ -103,7 +122,7 @@ class Kept:
     @property
     def nbytes(self) -> int:
         held = [tensor for values in self.values.values() for tensor in values]
-        return sum(tensor.nbytes for tensor in (*held, *self.measured))
+        return sum(tensor.nbytes for tensor in (*held, *self.measured, *self.gaps))
 
 
 class Reusing:
@@ -145,7 +164,7 @@ class Reusing:
     def _begin(self, generation: Generation) -> Kept:
         steps = Steps(generation.count)
         policy = self._policy
-        policy.check(steps)
+        policy.check(steps, self._variants.batch % 2 == 0)
         if policy.kind == "static":
             assert isinstance(policy, StaticPolicy)
             kept = Kept(steps, policy.plan(steps))
@@ -167,22 +186,50 @@ class Reusing:
             decision, operands = self._probe(leaves, kept, step, elsewhere, shared)
         else:
             decision, operands = kept.decide(step), dict(shared)
-        decision = frozenset(c for c in decision if all(n in kept.values for n in self._components[c]))
+        decision = self._possible(kept, decision)
+        if UNCOND in decision:
+            kept.halve()
+            leaves = halved(leaves, self._variants.batch)
         program = self._variants(decision, elsewhere)
         if not self._order:
             for name in program.keeps:
                 kept.values.pop(name, None)
         for name in {name for name, _ in operands} - program.takes:
             del operands[name, 0]
-        reused = [name for component in decision for name in self._components[component]]
+        reused = [name for component in decision - {UNCOND} for name in self._components[component]]
         operands.update({(name, k): d for name in reused for k, d in enumerate(kept.values[name])})
         result, new = program.run(leaves, operands, self._coefficients(leaves, kept, decision, step))
         del operands
         if isinstance(kept.run, FeedbackRun) and decision == FULL:
             self._look_back(leaves, kept, tuple(new.pop(name) for name in self._variants.probes))
         for name, value in new.items():
-            self._keep(kept, name, value, step)
+            is_whole = kept.is_halved and UNCOND not in decision
+            self._keep(kept, name, conditional(value).clone() if is_whole else value, step)
+        result = self._guided(kept, decision, result, step)
         self._let_go(kept, step)
+        return result
+
+    def _possible(self, kept: Kept, decision: Decision) -> Decision:
+        """What of a decision there is something kept for; of one half alone, nothing serves a step that runs both."""
+        if UNCOND in decision and not kept.gaps:
+            decision -= {UNCOND}
+        if kept.is_halved and UNCOND not in decision:
+            return FULL
+        return frozenset(c for c in decision if all(n in kept.values for n in self._components.get(c, ())))
+
+    def _guided(self, kept: Kept, decision: Decision, result: Any, step: int) -> Any:
+        """The result of both halves: rebuilt where one was left out; else what they differ by is kept for that."""
+        if not self._policy.needs_guidance:
+            return result
+        assert isinstance(self._policy, FasterCache)
+        flat, spec = tree_flatten(result)
+        if UNCOND in decision:
+            factors = self._policy.factors(kept.steps, step)
+            kept.gaps = tuple(gap.scaled(*factors) for gap in kept.gaps)
+            flat = [gap.completed(value) for gap, value in zip(kept.gaps, flat, strict=True)]
+            return tree_unflatten(flat, spec)
+        later = kept.plan[step + 1 : step + 2] if kept.plan is not None else ()
+        kept.gaps = tuple(map(Gap.of, flat)) if any(UNCOND in wanted for wanted in later) else ()
         return result
 
     def _probe(
@@ -218,8 +265,7 @@ class Reusing:
         """What no later step reads: all of it at the end, and what a static policy tells before."""
         count = kept.steps.count
         if count is not None and step >= count - 1:
-            kept.values.clear()
-            kept.measured = ()
+            kept.forget()
         elif kept.plan is not None:
             for names in self._unread(kept.plan[step + 1 :]):
                 for name in names:
@@ -243,7 +289,7 @@ class Reusing:
         found = {}
         mode = fake_mode_of(list(leaves))
         with mode if mode is not None else nullcontext():
-            for component in decision if self._order else ():
+            for component in decision - {UNCOND} if self._order else ():
                 computed = kept.computed[self._components[component][0]]
                 weights = self._policy.coefficients(kept.steps, step, computed)
                 for k in range(1, self._order + 1):
