@@ -1,8 +1,10 @@
 """Video diffusion in a fraction of the activation memory: a torch.fx graph-rewriting compiler, exact by default."""
 
 from fmecompile.api import explain, is_optimized, optimize, plan, restore, stages
+from fmecompile.calibrate import calibrate
 from fmecompile.errors import (
     BudgetInfeasible,
+    CalibrationMismatch,
     CaptureError,
     FmeError,
     GradientError,
@@ -26,12 +28,15 @@ from fmecompile.reuse import (
     TaylorSeer,
     TeaCache,
 )
+from fmecompile.reuse.calibration import Calibration
 from fmecompile.runtime.generation import generation
 from fmecompile.runtime.measure import Measurement, measure
 
 __all__ = [
     "AdaCache",
     "BudgetInfeasible",
+    "Calibration",
+    "CalibrationMismatch",
     "CaptureError",
     "DBCache",
     "DeepCache",
@@ -52,6 +57,7 @@ __all__ = [
     "TaylorSeer",
     "TeaCache",
     "VerificationError",
+    "calibrate",
     "explain",
     "generation",
     "is_optimized",

@@ -69,5 +69,9 @@ class PlanMismatch(FmeError, ValueError):
     """A saved plan does not belong to this module, signature or version."""
 
 
+class CalibrationMismatch(OptionError):
+    """A calibration is damaged, of another version, or belongs to another model or number of steps."""
+
+
 class VerificationError(FmeError, AssertionError):
     """A compiled program held more bytes than its projection, or broke an invariant of the graph."""

@@ -97,6 +97,8 @@ class ReusingCompiler:
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Reusing, Record]:
+        if self.policy.calibration is not None:
+            self.policy.calibration.require_model(module)
         notes: list[tuple[str, str]] = []
         with self.eager.progress(type(module).__name__) as shown:
 
@@ -105,7 +107,7 @@ class ReusingCompiler:
                 shown(name)
 
             shell = Shell(module, forward)
-            timestep = _place_of_timestep(forward, args, kwargs)
+            timestep = place_of_timestep(forward, args, kwargs)
             whole = _Captured.of(shell, args, kwargs, self.policy, timestep, observe)
             half = None
             if self.policy.needs_guidance:
@@ -149,11 +151,11 @@ class _Captured:
     ) -> _Captured:
         compilation = Compilation(capture(shell, args, kwargs))
         normalise(compilation, observe)
-        conditioning = _conditioning(compilation.program, timestep)
+        leaves = conditioning(compilation.program, timestep)
         if not policy.needs_guidance:  # half of an input is another tensor at every step
-            compilation.done("prologue", _split(compilation, conditioning), observe)
+            compilation.done("prologue", _split(compilation, leaves), observe)
         choice = Choice.of(policy, compilation.program, compilation.facts)
-        return cls(Example.of(args, kwargs), compilation, choice, choice.batch, conditioning)
+        return cls(Example.of(args, kwargs), compilation, choice, choice.batch, leaves)
 
     def inputs(self) -> Any:
         """The arguments on fake tensors."""
@@ -241,7 +243,7 @@ def _split(compilation: Compilation, places: Sequence[int]) -> str:
     return SplitPrologue(frozenset(varying)).apply(compilation.program, compilation.facts)
 
 
-def _place_of_timestep(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+def place_of_timestep(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """The leaf of a call that tells the step."""
     bound = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
     told = next((bound[name] for name in bound if name in SCALAR_INPUTS), None)
@@ -251,7 +253,7 @@ def _place_of_timestep(forward: Callable[..., Any], args: tuple[Any, ...], kwarg
     return next(i for i, leaf in enumerate(leaves) if leaf is told)
 
 
-def _conditioning(program: Program, timestep: int | None) -> tuple[int, ...]:
+def conditioning(program: Program, timestep: int | None) -> tuple[int, ...]:
     """The leaves that a program reads, without clips and the timestep."""
     bound = zip(program.placeholders, program.bindings, strict=True)
     inputs = [(b.leaf, node_spec(node)) for node, b in bound if isinstance(b, Input)]

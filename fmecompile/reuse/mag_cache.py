@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any, Self
 
+from fmecompile.reuse.calibration import Calibration
 from fmecompile.reuse.guards import History
 from fmecompile.reuse.options import number, numbers, whole
 from fmecompile.reuse.policy import Cut, Mode, StaticPolicy
@@ -37,6 +39,17 @@ class MagCache(StaticPolicy):
         number("threshold", self.threshold, 0)
         number("retention", self.retention, 0, 1)
         whole("max_skip", self.max_skip, 1)
+
+    @classmethod
+    def from_calibration(cls, calibration: Calibration, *, cut: Cut | None = None, **options: Any) -> Self:
+        """The policy for the model and the number of steps of ``calibration``: its ratios are not resampled. ``cut`` is
+        by default that of ``MagCache``, or the only one whose residual was calibrated; ``options`` are the others.
+
+        Raises ``OptionError`` where the cut's residual (or value, for another ``mode``) was not calibrated.
+        """
+        mode = "residual" if options.get("mode", cls.mode) == "residual" else "feature"
+        record = calibration.record(cut, mode, cls.cut)
+        return cls(ratios=record.trace.ratios, cut=record.cut, calibration=calibration.key, **options)
 
     def plan(self, steps: Steps) -> tuple[Decision, ...]:
         self.check(steps)

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from fmecompile.errors import OptionError
+from fmecompile.reuse.calibration import CalibrationKey
 from fmecompile.reuse.forecast import FORMS, Form, difference_scales, newton_coefficients, taylor_coefficients
 from fmecompile.reuse.guards import PLAIN, Guards, History, guarded
 from fmecompile.reuse.options import names, one_of, whole
@@ -52,7 +53,8 @@ class Policy(ABC):
     ``cut`` says what is reused and ``mode`` how: the cached value (``feature``), the current input of the cut's region
     plus the cached out minus in (``residual``), or an extrapolation of the computed values (``forecast``). A forecast
     has an ``order`` from 1 to 4, a ``form`` (forecast.py) and a ``clock``, the axis along which steps are spaced; other
-    modes don't look at these. ``guards`` limit what the policy wants.
+    modes don't look at these. ``guards`` limit what the policy wants. ``calibration`` says what model and how many
+    steps it was measured on, where it was; it refuses others.
     """
 
     cut: Cut = "auto"
@@ -61,6 +63,7 @@ class Policy(ABC):
     form: Form = "newton"
     clock: Clock = "step"
     guards: Guards = PLAIN
+    calibration: CalibrationKey | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cut", names("cut", self.cut))
@@ -103,6 +106,8 @@ class Policy(ABC):
         """Raise ``OptionError`` before step 0 where this policy cannot run. ``has_guidance`` None: not known."""
         if self.needs_steps:
             steps.known_count(type(self).__name__)
+        if self.calibration is not None and steps.count is not None:
+            self.calibration.require_steps(steps.count)
         if self.needs_guidance and has_guidance is False:
             raise OptionError(
                 f"{type(self).__name__} rebuilds the unconditional branch, and guidance is off",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 from fmecompile.errors import OptionError
+from fmecompile.reuse.calibration import Calibration
 from fmecompile.reuse.options import number, numbers, whole
 from fmecompile.reuse.policy import Cut, SchedulePolicy
 from fmecompile.reuse.steps import Decision, Steps
@@ -23,6 +25,9 @@ class SmoothCache(SchedulePolicy):
     ``OptionError`` for errors of another number of steps.
     """
 
+    COMPONENTS: ClassVar[tuple[str, ...]] = ("spatial_attention", "temporal_attention", "cross_attention")
+    """What a calibration for this policy records unless it is told."""
+
     alpha: float
     errors: Mapping[str, Mapping[int, Sequence[float]]] = field(hash=False)
     lookahead: int = 3
@@ -39,6 +44,26 @@ class SmoothCache(SchedulePolicy):
                 f"cut={self.cut!r} for {len(self.errors)} components",
                 next_step=f'give cut="auto" or a tuple, one entry for each of {", ".join(self.errors)}',
             )
+
+    @classmethod
+    def from_calibration(
+        cls, calibration: Calibration, *, alpha: float, components: Sequence[str] | None = None, **options: Any
+    ) -> Self:
+        """The policy for the model and the number of steps of ``calibration``. ``components`` are names of its cuts, by
+        default those of ``COMPONENTS`` that it has; ``options`` are those of every policy.
+
+        Raises ``OptionError`` where a component was not calibrated.
+        """
+        recorded = {record.cut for record in calibration.records if record.mode == "feature"}
+        named = [name for name in cls.COMPONENTS if name in recorded] if components is None else list(components)
+        if not named:
+            raise OptionError(
+                f"of {', '.join(cls.COMPONENTS)} none was calibrated",
+                next_step="calibrate with policies=[fmecompile.SmoothCache], or name the components",
+            )
+        rows = {name: calibration.record(name).trace.errors for name in named}
+        errors = {name: dict(enumerate(by_lag, start=1)) for name, by_lag in rows.items()}
+        return cls(alpha=alpha, errors=errors, calibration=calibration.key, **options)
 
     def _rows(self, name: str, rows: Mapping[int, Sequence[float]]) -> dict[int, tuple[float, ...]]:
         if not isinstance(rows, Mapping):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from fmecompile.errors import OptionError
+from fmecompile.reuse.calibration import Calibration
 from fmecompile.reuse.options import number, numbers, whole
 from fmecompile.reuse.policy import Cut, SchedulePolicy
 from fmecompile.reuse.steps import FULL, REUSE, Decision, Steps
@@ -70,6 +71,42 @@ class StepRehash(SchedulePolicy):
         """The policy for a measured K x K matrix; ``options`` are those of every policy."""
         return cls(full_steps=full_steps, threshold=threshold, similarity=_checked(matrix), **options)
 
+    @classmethod
+    def from_calibration(
+        cls,
+        calibration: Calibration,
+        *,
+        full_steps: int | None = None,
+        threshold: float | None = None,
+        speedup: float | None = None,
+        max_error: float | None = None,
+        cut: Cut | None = None,
+        **options: Any,
+    ) -> Self:
+        """The policy for the model and the number of steps of ``calibration``. Exactly one of these decides:
+        ``full_steps``; ``threshold``; ``speedup``, that of the denoiser over full steps only, estimated as
+        N / (full + (N - full) (1 - saved)); ``max_error``, the most that 1 - cosine of a reused value and its anchor
+        may be (in the mean over what was calibrated).
+
+        ``cut`` is by default that of ``StepRehash``, or the only one that was calibrated; ``options`` are those of
+        every policy. Raises ``OptionError`` where the cut was not calibrated, or cannot give the speedup.
+        """
+        given = {"full_steps": full_steps, "threshold": threshold, "speedup": speedup, "max_error": max_error}
+        if sum(value is not None for value in given.values()) != 1:
+            raise OptionError(
+                f"one of {', '.join(given)} decides, and {sum(v is not None for v in given.values())} are given",
+                next_step="give StepRehash.from_calibration(c, full_steps=13)",
+            )
+        record = calibration.record(cut, "residual" if options.get("mode") == "residual" else "feature", cls.cut)
+        matrix = record.trace.similarity
+        if speedup is not None:
+            full_steps = full_steps_for(speedup, len(matrix), record.saved)
+        if max_error is not None:
+            number("max_error", max_error, 0, 2)
+            threshold = 1 - max_error
+        fixed = {"cut": record.cut, "calibration": calibration.key}
+        return cls.from_similarity(matrix, full_steps=full_steps, threshold=threshold, **options | fixed)
+
     def wanted(self, steps: Steps) -> Sequence[Decision]:
         count = steps.known_count("StepRehash")
         full = self._keys(count)
@@ -100,6 +137,23 @@ def _checked(matrix: Any) -> Matrix:
             next_step="give a square matrix, one row and one column per step",
         )
     return checked
+
+
+def full_steps_for(speedup: float, count: int, saved: float) -> int:
+    """The most full steps of ``count`` with which a run is ``speedup`` times as fast, where other steps save the share
+    ``saved`` of their work. Raises ``OptionError`` where two are too many."""
+    number("speedup", speedup, 1)
+    least = min(2, count)
+    best = count / (least + (count - least) * (1 - saved))
+    if speedup > best:
+        raise OptionError(
+            f"speedup={speedup:g} is out of reach: with {least} of {count} steps full and {saved:.1%} saved by the "
+            f"others it is {best:.2f}",
+            next_step="ask for less, or calibrate a cut that saves more",
+        )
+    if not saved:
+        return count
+    return max(least, math.floor((count / speedup - count * (1 - saved)) / saved + 1e-9))
 
 
 def spread(count: int, full_steps: int) -> tuple[int, ...]:

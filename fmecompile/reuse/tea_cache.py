@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from fmecompile.errors import OptionError
+from fmecompile.reuse.calibration import Calibration
 from fmecompile.reuse.guards import Guards
 from fmecompile.reuse.options import number, numbers
 from fmecompile.reuse.policy import Cut, Kind, Mode, ProbePolicy, ProbeRun, Reference, StaticPolicy
@@ -49,6 +50,19 @@ class TeaCache(StaticPolicy, ProbePolicy):
         object.__setattr__(self, "coefficients_of_change", fitted)
         if self.indicator_changes is not None:
             object.__setattr__(self, "indicator_changes", numbers("indicator_changes", self.indicator_changes, 0))
+
+    @classmethod
+    def from_calibration(
+        cls, calibration: Calibration, *, threshold: float, indicator: str = "time_embedding", **options: Any
+    ) -> Self:
+        """The static policy for the model and the number of steps of ``calibration``: its changes of ``indicator``,
+        which is one that depends on nothing but the timestep.
+
+        Raises ``OptionError`` where the indicator was not calibrated.
+        """
+        changes = calibration.record(indicator).trace.moved
+        fixed = {"indicator": indicator, "indicator_changes": changes, "calibration": calibration.key}
+        return cls(threshold=threshold, **options | fixed)
 
     @property
     def kind(self) -> Kind:

@@ -99,6 +99,11 @@ class Dispatcher:
         self._warned: set[str] = set()
 
     @property
+    def compiler(self) -> Compiler:
+        """What makes the programs."""
+        return self._compiler
+
+    @property
     def __wrapped__(self) -> Callable[..., Any]:
         """Gives this the signature of the module's own ``forward``."""
         return self.eager
