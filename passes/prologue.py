@@ -46,24 +46,17 @@ class Prologue:
             for user in [user for user in node.users if user not in fixed]:
                 edit.read_instead(user, node, kept)
         erased = edit.drop_unused(program)
-        size = sum(_nbytes(node) for node in program.prologue.outputs)
-        return f"{len(chosen)} values are made once per generation, {size / 2**20:.2f} MiB; {erased} calls fewer a step"
+        size = kept_bytes(program.prologue) / 2**20
+        return f"{len(chosen)} values are made once per generation, {size:.2f} MiB; {erased} calls fewer a step"
 
     def _fixed(self, program: Program) -> set[fx.Node]:
-        """Calls that depend on weights and on inputs that stay the same, and on at least one of these."""
-        bound = zip(program.placeholders, program.bindings, strict=True)
-        inputs = {node for node, binding in bound if isinstance(binding, Input)}
+        """Calls that no varying input reaches."""
         bound = zip(program.placeholders, program.bindings, strict=True)
         changing = {n for n, b in bound if isinstance(b, Input) and b.leaf in self.varying}
-        depends: set[fx.Node] = set(inputs - changing)
-        found: set[fx.Node] = set()
         for node in compute_nodes(program.graph):
             if changing.intersection(node.all_input_nodes):
                 changing.add(node)
-            elif depends.intersection(node.all_input_nodes):
-                depends.add(node)
-                found.add(node)
-        return found
+        return {node for node in compute_nodes(program.graph) if node not in changing}
 
 
 def _chosen(program: Program, fixed: set[fx.Node], limit_bytes: int) -> Iterator[fx.Node]:
@@ -98,6 +91,11 @@ def _prologue(program: Program, names: list[str]) -> Program:
         edit.return_also(made, f"{NAME}:{k}", nodes[name])
     edit.drop_unused(made)
     return made
+
+
+def kept_bytes(prologue: Program) -> int:
+    """Bytes of what a prologue makes."""
+    return sum(map(_nbytes, prologue.outputs))
 
 
 def _is_tensor(node: fx.Node) -> bool:

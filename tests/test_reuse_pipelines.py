@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,11 +16,13 @@ import diffusers
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import fmecompile
 from fmecompile.runtime.dispatch import find
 from fmecompile.runtime.executable import Executable
 from fmecompile.runtime.generation import Timeline
+from fmecompile.runtime.measure import ROUNDING_BYTES
 from tests import pipelines
 from tests.pipelines import TOLERANCE, frames, relative
 
@@ -380,9 +383,15 @@ def test_a_copied_pipeline_keeps_for_itself(animatediff: Any) -> None:
 
 
 @torch.no_grad()
-def denoised(unet: nn.Module, guided: Callable[[int], str], *, timesteps: torch.Tensor | None = None) -> torch.Tensor:
+def denoised(
+    unet: nn.Module,
+    guided: Callable[[int], str],
+    *,
+    timesteps: torch.Tensor | None = None,
+    prompts: Callable[[torch.Tensor], torch.Tensor] = lambda prompt: prompt,
+) -> torch.Tensor:
     """A sampler with guidance of its own: ``guided(step)`` names the calls it makes, "c" for the conditional one, "u"
-    for the other, "b" for both in one batch."""
+    for the other, "b" for both in one batch. ``prompts`` is what it does with embeddings at every call."""
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(1, 4, 4, 8, 8, generator=generator)
     states = {kind: torch.randn(4, 7, pipelines.WIDTH, generator=generator) for kind in "cu"}
@@ -390,7 +399,7 @@ def denoised(unet: nn.Module, guided: Callable[[int], str], *, timesteps: torch.
     for step, t in enumerate(torch.linspace(900, 20, STEPS) if timesteps is None else timesteps):
         kinds = guided(step)
         results = [
-            unet(torch.cat([sample] * (1 + (kind == "b"))), t, encoder_hidden_states=states[kind]).sample
+            unet(torch.cat([sample] * (1 + (kind == "b"))), t, encoder_hidden_states=prompts(states[kind])).sample
             for kind in kinds
         ]
         halves = torch.cat(results[::-1] if kinds == "cu" else results)
@@ -431,6 +440,39 @@ def test_guidance_for_a_part_of_the_steps(animatediff: Any, guided: str, bits: s
     assert kept_bytes(unet) == 0
 
 
+@pytest.mark.parametrize("prompts", [lambda x: x[:], lambda x: x.view(x.shape)], ids=["sliced", "viewed"])
+def test_prompts_are_known_though_they_are_taken_out_of_a_tensor_again(animatediff: Any, prompts: Any) -> None:
+    """Else the conditional call would be taken for the other one where that is left out."""
+
+    def interval(step: int) -> str:
+        return "uc" if step == 0 else "c"
+
+    want = denoised(animatediff.unet, interval)
+    assert torch.equal(denoised(animatediff.unet, interval, prompts=prompts), want)
+
+
+def test_prompts_that_are_new_tensors_are_told_by_their_order(animatediff: Any) -> None:
+    want = denoised(animatediff.unet, lambda step: "uc")
+    assert torch.equal(denoised(animatediff.unet, lambda step: "uc", prompts=torch.clone), want)
+
+
+def test_a_list_of_one_timestep_is_one_step(animatediff: Any) -> None:
+    with watched() as bits:
+        for t in (500.0, 400.0, 400.0):
+            denoised(animatediff.unet, lambda step: "uc", timesteps=torch.tensor([t]))
+            assert kept_bytes(animatediff.unet) == 0
+    assert "".join(bits) == "11" * 3
+
+
+def test_inference_mode(animatediff: Any) -> None:
+    """Where torch tells neither views nor changes in place."""
+    want, one = latents(animatediff), latents(animatediff, num_inference_steps=1)
+    with torch.inference_mode():
+        assert torch.equal(latents(animatediff), want)
+        assert torch.equal(latents(animatediff, num_inference_steps=1), one)
+    assert torch.equal(latents(animatediff), want)
+
+
 def test_a_sampler_of_ones_own_declares_its_steps(animatediff: Any) -> None:
     """Of timesteps that are no list, even beside a pipeline that has one."""
     latents(animatediff, num_inference_steps=2)
@@ -453,21 +495,124 @@ POLICIES = {
 }
 
 
-def unet_inputs(unet: nn.Module) -> dict[str, torch.Tensor]:
-    states = torch.randn(4, 7, pipelines.WIDTH)
-    return {"sample": torch.randn(1, 4, 4, 8, 8), "encoder_hidden_states": states}
-
-
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-@torch.no_grad()
-def test_kept_bytes_count_in_a_budget(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allowed >= projected >= measured at every step, full or not, beside what earlier steps kept."""
+@pytest.fixture
+def with_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FMECOMPILE_MIN_TRIP_BYTES", "0")
-    unet = pipelines.one_level_animatediff()
-    inputs = unet_inputs(unet)
-    fmecompile.optimize(unet, reuse=policy, strict=True)
+
+
+@pytest.fixture
+def unet() -> nn.Module:
+    return pipelines.one_level_animatediff()
+
+
+def unet_inputs() -> dict[str, torch.Tensor]:
+    return {"sample": torch.randn(1, 4, 4, 8, 8), "encoder_hidden_states": torch.randn(4, 7, pipelines.WIDTH)}
+
+
+def at_rest(unet: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """Bytes of weights and inputs, a timestep included."""
+    return sum(t.nbytes for t in (*unet.parameters(), *unet.buffers(), *inputs.values())) + 4
+
+
+@torch.no_grad()
+def measured(unet: nn.Module, inputs: dict[str, torch.Tensor]) -> list[tuple[str, int, int]]:
+    """Of each step: whether it is full, its measured bytes, and what was kept before it."""
+    found = []
     for t in torch.linspace(900, 20, STEPS):
-        unet(timestep=t, **inputs)
+        before = kept_bytes(unet)
+        with watched() as bits:
+            peak_bytes = fmecompile.measure(unet, timestep=t, **inputs).peak_bytes
+        found.append((bits[0], peak_bytes, before))
+    return found
+
+
+@functools.cache
+def needs(kind: str) -> tuple[dict[str, int], int]:
+    """The least bytes of activations of both kinds of steps, and those of the value that is reused."""
+    unet = pipelines.one_level_animatediff()
+    measured(fmecompile.optimize(unet, reuse=POLICIES[kind], strict=True), unet_inputs())
     (reuse,) = reuse_of(unet)
-    for k, p in reuse.plans.items():
-        print(k, p.floor_bytes, p.projected_peak_bytes, p.eager_peak_bytes, reuse.kept_bytes)
+    return {"0" if decision else "1": plan.floor_bytes for decision, plan in reuse.plans.items()}, reuse.kept_bytes
+
+
+@pytest.mark.usefixtures("with_loops")
+@pytest.mark.parametrize("kind", POLICIES)
+def test_what_is_kept_counts_in_a_budget(unet: nn.Module, kind: str) -> None:
+    """Allowed >= projected >= measured at every step; all that is held then is within the budget."""
+    policy, inputs = POLICIES[kind], unet_inputs()
+    floors, one = needs(kind)
+    kept = one * (policy.order + 1 if kind == "forecast" else 1)
+    budget = at_rest(unet, inputs) + max(floors.values()) + kept + ROUNDING_BYTES
+    fmecompile.optimize(unet, reuse=policy, strict=True, memory_budget=budget)
+    measured(unet, inputs)  # constants are made at first use
+    steps = measured(unet, inputs)
+    (reuse,) = reuse_of(unet)
+    plans = {"0" if decision else "1": (plan, reuse.allowances[decision]) for decision, plan in reuse.plans.items()}
+    assert {bit for bit, *_ in steps} == {"0", "1"}
+    for bit, peak_bytes, before in steps:
+        plan, allowance = plans[bit]
+        assert peak_bytes <= plan.projected_peak_bytes <= plan.allowed_bytes == allowance.activation_bytes
+        assert allowance.kept_bytes == (0 if bit == "1" and kind != "forecast" else kept)
+        assert before <= max(allowance.kept_bytes, kept if bit == "1" else 0)
+        assert allowance.taken_bytes + peak_bytes <= budget
+    assert "kept for later steps" in str(fmecompile.explain(unet))
+
+
+@pytest.mark.usefixtures("with_loops")
+@pytest.mark.parametrize("kind", ["residual", "forecast"])
+def test_a_budget_without_room_for_it_is_refused_at_the_first_step(unet: nn.Module, kind: str) -> None:
+    inputs = unet_inputs()
+    floors, kept = needs(kind)
+    budget = at_rest(unet, inputs) + max(floors.values()) + kept // 2
+    fmecompile.optimize(unet, reuse=POLICIES[kind], memory_budget=budget)
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(fmecompile.BudgetInfeasible, match="kept for later steps") as caught:
+            unet(timestep=torch.linspace(900, 20, STEPS)[0], **inputs)
+    fmecompile.optimize(unet, reuse=POLICIES[kind], strict=True, memory_budget=caught.value.floor_bytes)
+    measured(unet, inputs)
+
+
+@pytest.mark.usefixtures("with_loops")
+@torch.no_grad()
+def test_a_budget_counts_what_the_other_half_of_guidance_keeps(unet: nn.Module) -> None:
+    one, other = unet_inputs(), unet_inputs()
+    floors, kept = needs("feature")
+    floor = at_rest(unet, one) + floors["1"] + ROUNDING_BYTES
+    t = torch.linspace(900, 20, STEPS)[0]
+    fmecompile.optimize(unet, reuse=EVERY_SECOND, memory_budget=floor + kept // 2)
+    unet(timestep=t, **one)
+    with pytest.raises(fmecompile.BudgetInfeasible, match="kept for later steps"):
+        unet(timestep=t, **other)
+    fmecompile.optimize(unet, reuse=EVERY_SECOND, strict=True, memory_budget=floor + kept)
+    for t in torch.linspace(900, 20, STEPS):
+        unet(timestep=t, **one)
+        unet(timestep=t, **other)
+
+
+def test_a_budget_of_a_whole_pipeline(plain: Any) -> None:
+    fast = reusing(plain, memory_budget="64MiB")
+    assert torch.equal(latents(fast), latents(reusing(plain)))
+    (reuse,) = reuse_of(fast.unet)
+    full, shallow = reuse.allowances.values()
+    assert shallow.kept_bytes == reuse.kept_bytes > 0 == full.kept_bytes
+    assert shallow.residents == full.residents != ()
+
+
+# ---------------------------------------------------------------------------------------------------------- no waiting
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_nothing_waits_for_the_device(kind: str) -> None:
+    """Fake tensors hold no numbers, so any look at one raises, the timestep's value included."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with pytest.raises(DataDependentOutputException):
+            torch.linspace(900, 20, STEPS)[0].item()
+        unet, inputs = pipelines.one_level_animatediff(), unet_inputs()
+        fmecompile.optimize(unet, reuse=POLICIES[kind], strict=True)
+        for _ in range(2):
+            with watched() as bits:
+                for t in torch.linspace(900, 20, STEPS):
+                    unet(timestep=t, **inputs)
+            assert len(bits) == STEPS and bits.count("1") == 3
+    assert kept_bytes(unet) == 0
+    assert len(reuse_of(unet)[0].plans) == 2

@@ -6,6 +6,7 @@ import gc
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -16,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 import fmecompile
 from fmecompile.analysis.cuts import Cuts
-from fmecompile.backends.reusing import ReusingCompiler
+from fmecompile.backends import reusing
+from fmecompile.backends.reusing import ReusingCompiler, SplitPrologue
 from fmecompile.capture.export import capture
 from fmecompile.graph.program import Kept, compute_nodes
 from fmecompile.passes.step_reuse import Cut, StepReuse
@@ -24,6 +26,7 @@ from fmecompile.pipeline import Compilation, compile_module, finish, lower, norm
 from fmecompile.reuse import REUSE
 from fmecompile.runtime.dispatch import find
 from fmecompile.runtime.executable import Executable
+from fmecompile.runtime.prologue import Prologue
 from tests.models import CONTEXT, animatediff_call, seeded, small_animatediff, small_svd, svd_call
 
 Inputs = Callable[..., Any]
@@ -248,8 +251,9 @@ def test_kept_bytes_are_those_that_were_stated(svd_run: tuple[nn.Module, Any]) -
         fmecompile.optimize(model, reuse=fmecompile.DeepCache(interval=3), strict=True)
         for k, t in enumerate(torch.linspace(900, 20, 6)):
             model(sample, t, *rest)
-            stated = record(model).kept_bytes
-            assert stated and compiler(model).timeline.kept_bytes() == (0 if k in (2, 5) else stated)
+            stated, shared = record(model).kept_bytes, record(model).shared_bytes
+            held = (stated if k % 3 != 2 else 0) + (shared if k < 5 else 0)
+            assert stated and shared and compiler(model).timeline.kept_bytes() == held
 
 
 def test_branches_of_guidance_keep_their_own(svd_run: tuple[nn.Module, Any]) -> None:
@@ -333,3 +337,69 @@ def test_the_module_compiles_as_before_without_reuse() -> None:
     model, inputs = small_svd(), svd_call(1, 3, 8, 8, torch.float32)
     compiled, plan = compile_module(model, inputs, {})
     assert not compiled.keeps and plan.groups is not None
+
+
+# -------------------------------------------------------------------------------------------------- made once, and kept
+
+
+def prologues(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps at which what all steps share was made, from now on."""
+    made: list[int] = []
+    original = Prologue.values
+    monkeypatch.setattr(reusing, "SplitPrologue", partial(SplitPrologue, share=1.0))  # small models share little
+
+    def values(self: Prologue, generation: Any, branch: Any, leaves: Any) -> Any:
+        before = branch.made
+        found = original(self, generation, branch, leaves)
+        if before is None or found is not before.values:
+            made.append(branch.step)
+        return found
+
+    monkeypatch.setattr(Prologue, "values", values)
+    return made
+
+
+def test_what_all_steps_share_is_made_once(svd_run: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anew in every generation, and where an input or a weight was changed in place; the values are right each time."""
+    model, inputs = svd_run
+    sample, _, states, ids = inputs
+    made = prologues(model, monkeypatch)
+
+    def run(change: Callable[[int], None]) -> list[torch.Tensor]:
+        found = []
+        for k, t in enumerate(torch.linspace(900, 20, 4)):
+            change(k)
+            found.append(model(sample, t, states, ids)[0])
+        return found
+
+    weight = next(p for name, p in model.named_parameters() if name == "add_embedding.linear_1.weight")
+    with torch.no_grad():
+        for change, steps in [
+            (lambda k: None, [0]),
+            (lambda k: ids.mul_(1.5) if k == 2 else None, [0, 2]),
+            (lambda k: weight.mul_(1.5) if k == 3 else None, [0, 3]),
+        ]:
+            before = ids.clone(), weight.clone()
+            want = run(change)
+            ids.copy_(before[0]), weight.copy_(before[1])
+            fmecompile.optimize(model, reuse=fmecompile.DeepCache(interval=1), strict=True)
+            made.clear()
+            got = run(change)
+            assert made == steps
+            assert all((a - b).norm() <= 1e-10 * b.norm() for a, b in zip(got, want, strict=True))
+            assert compiler(model).timeline.kept_bytes() == 0
+            ids.copy_(before[0]), weight.copy_(before[1])
+            fmecompile.restore(model)
+
+
+def test_what_is_shared_is_made_anew_where_steps_are_not_told(
+    svd_run: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = svd_run
+    sample, _, *rest = inputs
+    made = prologues(model, monkeypatch)
+    with torch.no_grad():
+        fmecompile.optimize(model, reuse=fmecompile.FirstBlockCache(threshold=0.0), strict=True)
+        for k in range(3):
+            model(sample, 900 - 100 * k, *rest)
+    assert made == [0, 1, 2]

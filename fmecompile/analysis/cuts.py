@@ -12,7 +12,6 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import permutations
 
 import networkx as nx
 import torch
@@ -260,11 +259,9 @@ class Cuts:
         """Where a skip connection is joined: what waited, and what was made of it meanwhile; in execution order."""
         found = []
         for node in self.nodes:
-            operands = node.args[0] if node.target is aten.cat.default else ()
-            if isinstance(operands, (list, tuple)) and len(operands) == 2:
-                joined = [node for node in operands if isinstance(node, fx.Node)]
-                pairs = permutations(joined, 2)
-                found += [(early, late) for early, late in pairs if before([late]) & set(_waiting(early))]
+            operands = node.all_input_nodes if node.target is aten.cat.default else []
+            pairs = (operands, operands[::-1]) if len(operands) == 2 else ()
+            found += [(early, late) for early, late in pairs if before([late]) & set(_waiting(early))]
         return found
 
     def results_of(self, pattern: str) -> list[CutValue]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -27,12 +27,15 @@ from fmecompile.graph.plan import Plan
 from fmecompile.graph.program import Input, Program
 from fmecompile.graph.specs import node_spec
 from fmecompile.partition.tradeoffs import Limits
+from fmecompile.passes.prologue import Prologue as SplitPrologue
+from fmecompile.passes.prologue import kept_bytes
 from fmecompile.pipeline import Compilation, Record, lower_within, normalise
 from fmecompile.reuse.policy import Policy
 from fmecompile.reuse.steps import FULL, UNCOND, Decision, Steps, to_bits
 from fmecompile.runtime.executable import Compiled, Executable
 from fmecompile.runtime.generation import Timeline
 from fmecompile.runtime.guidance import halved
+from fmecompile.runtime.prologue import Prologue
 from fmecompile.runtime.reusing import HEAD, Reusing, Runs, new_runs
 
 
@@ -40,7 +43,8 @@ from fmecompile.runtime.reusing import HEAD, Reusing, Runs, new_runs
 class ReuseRecord:
     """What is reused in one signature: the policy in words, the values, those that are measured, the plan of each kind
     of step so far (``HEAD`` for what runs before a policy decides), and what the steps of the latest runs did.
-    ``order`` is that of the forecast, ``gap_bytes`` what the halves of guidance differ by."""
+    ``order`` is that of the forecast, ``gap_bytes`` what the halves of guidance differ by, ``shared_bytes`` what all
+    steps share and one of them makes."""
 
     policy: str
     values: tuple[CutValue, ...]
@@ -51,6 +55,7 @@ class ReuseRecord:
     gap_bytes: int = 0
     runs: Runs = field(default_factory=new_runs)
     allowances: dict[Decision, Allowance] = field(default_factory=dict)
+    shared_bytes: int = 0
 
     @property
     def kept_bytes(self) -> int:
@@ -63,6 +68,7 @@ class ReuseRecord:
         for value in self.values[:4]:
             lines.append(f"  {value.module}: {value.nbytes / 2**20:.1f} MiB kept, {value.saved:.1%} of the work saved")
         lines += [f"  and {len(self.values) - 4} more"] if len(self.values) > 4 else []
+        lines += [f"  {self.shared_bytes / 2**20:.2f} MiB are the same at every step"] if self.shared_bytes else []
         lines += [f"  measured: {', '.join(v.module or v.value for v in self.watched)}"] if self.watched else []
         for decision, plan in self.plans.items():
             peak = f"{plan.projected_peak_bytes / 2**20:.1f} MiB projected"
@@ -99,21 +105,21 @@ class ReusingCompiler:
                 shown(name)
 
             shell = Shell(module, forward)
-            whole = _Captured.of(shell, args, kwargs, self.policy, observe)
+            timestep = _place_of_timestep(forward, args, kwargs)
+            whole = _Captured.of(shell, args, kwargs, self.policy, timestep, observe)
             half = None
             if self.policy.needs_guidance:
                 self.policy.check(Steps(1), whole.batch % 2 == 0)
                 leaves, tree = tree_flatten((args, kwargs))
                 half_args, half_kwargs = tree_unflatten(halved(leaves, whole.batch), tree)
-                half = _Captured.of(shell, half_args, half_kwargs, self.policy)
+                half = _Captured.of(shell, half_args, half_kwargs, self.policy, timestep)
             variants = _Variants(self, shell, whole, half)
             for decision in (HEAD, FULL) if whole.choice.crossing else (FULL,):
                 variants.make(decision, observe)
-        timestep = _place_of_timestep(forward, args, kwargs)
         plan = max(variants.record.plans.values(), key=lambda plan: plan.projected_peak_bytes)
         record = Record(plan, whole.example, tuple(notes), variants.allowance, variants.record)
-        places = _conditioning(whole.compilation.program, timestep)
-        return Reusing(self.policy, variants, self.timeline, timestep, places, variants.record.runs), record
+        runs = variants.record.runs
+        return Reusing(self.policy, variants, self.timeline, timestep, whole.conditioning, runs), record
 
     def situation(self) -> Hashable:
         """What a program depends on apart from the call and the module."""
@@ -122,21 +128,32 @@ class ReusingCompiler:
 
 @dataclass(frozen=True)
 class _Captured:
-    """One call of the module, normalised, and what is reused in it; ``batch`` is that of its first clip."""
+    """One call of the module, normalised, and what is reused in it; ``batch`` is that of its first clip, and
+    ``conditioning`` are the leaves that tell branches apart."""
 
     example: Example
     compilation: Compilation
     choice: Choice
     batch: int
+    conditioning: tuple[int, ...]
 
     @classmethod
     def of(
-        cls, shell: Shell, args: tuple[Any, ...], kwargs: dict[str, Any], policy: Policy, observe: Any = None
+        cls,
+        shell: Shell,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        policy: Policy,
+        timestep: int | None,
+        observe: Any = None,
     ) -> _Captured:
         compilation = Compilation(capture(shell, args, kwargs))
         normalise(compilation, observe)
+        conditioning = _conditioning(compilation.program, timestep)
+        if not policy.needs_guidance:  # half of an input is another tensor at every step
+            compilation.done("prologue", _split(compilation, conditioning), observe)
         choice = Choice.of(policy, compilation.program, compilation.facts)
-        return cls(Example.of(args, kwargs), compilation, choice, choice.batch)
+        return cls(Example.of(args, kwargs), compilation, choice, choice.batch, conditioning)
 
     def inputs(self) -> Any:
         """The arguments on fake tensors."""
@@ -160,8 +177,20 @@ class _Variants:
         self.components, self.frames, self.batch = choice.components, choice.frames, whole.batch
         self.probes = tuple(cut.name for cut in choice.probes)
         policy = compiler.policy.describe()
-        self.record = ReuseRecord(policy, choice.values, {}, {}, choice.watched, choice.order, choice.gap_bytes)
+        self.prologue, shared = self._made_once()
+        self.record = ReuseRecord(
+            policy, choice.values, {}, {}, choice.watched, choice.order, choice.gap_bytes, shared_bytes=shared
+        )
         self.allowance: Any = None
+
+    def _made_once(self) -> tuple[Prologue | None, int]:
+        """What runs the prologue, and the bytes that it makes."""
+        program = self._whole.compilation.program.prologue
+        if program is None:
+            return None, 0
+        compiled, _ = lower_within(replace(self._whole.compilation, program=program, notes=[]))
+        leaves = [binding.leaf for binding in program.bindings if isinstance(binding, Input)]
+        return Prologue(Executable(compiled, self._shell.module), leaves), kept_bytes(program)
 
     def _captured(self, decision: Decision) -> _Captured:
         return self._half if self._half is not None and UNCOND in decision else self._whole
@@ -188,11 +217,11 @@ class _Variants:
         program, note = captured.variant(decision - {UNCOND})
         compilation = replace(captured.compilation, program=program, notes=[])
         compilation.done("step-reuse", note, observe)
-        kept_bytes = captured.choice.held_bytes(program) + elsewhere_bytes
+        held = captured.choice.held_bytes(program) + self.record.shared_bytes + elsewhere_bytes
         make = partial(self._lower, compilation, observe)
         eager = self._compiler.eager
         compiled, plan, allowance = within_budget(
-            self._shell, captured.inputs(), eager.budget, eager.wishes, make, kept_bytes
+            self._shell, captured.inputs(), eager.budget, eager.wishes, make, held
         )
         self.allowance = self.allowance or allowance
         if allowance is not None:
@@ -203,6 +232,13 @@ class _Variants:
 
     def _lower(self, compilation: Compilation, observe: Any, limits: Limits) -> tuple[Compiled, Plan]:
         return lower_within(compilation, self._compiler.eager.saved, limits, observe)
+
+
+def _split(compilation: Compilation, places: Sequence[int]) -> str:
+    """Move what depends on nothing but the leaves at ``places`` into a prologue."""
+    bound = compilation.program.bindings
+    varying = {binding.leaf for binding in bound if isinstance(binding, Input)} - set(places)
+    return SplitPrologue(frozenset(varying)).apply(compilation.program, compilation.facts)
 
 
 def _place_of_timestep(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

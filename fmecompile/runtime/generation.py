@@ -7,7 +7,7 @@ be read without the device. A **generation** ends where the list is another one 
 back, or where ``generation(steps=...)`` says so.
 
 Calls of one step are told apart by what they are called with: a **branch** is called with the same tensors at each
-step, or where none are the same, in the same order.
+step, or where none are the same, in the same order. A branch that is left out at a step begins anew afterwards.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fmecompile.errors import OptionError
+
+Anchor = tuple["weakref.ref[torch.UntypedStorage]", Any, int]
 
 MAX_BRANCHES = 8
 """Branches kept of one generation; the one that was called longest ago goes first."""
@@ -64,28 +66,35 @@ def generation(steps: int | None = None) -> Iterator[None]:
 class Branch:
     """One stream of calls in a generation. ``state`` is whatever a caller keeps with it."""
 
-    anchors: tuple[tuple[weakref.ref[torch.Tensor], int], ...]
+    anchors: tuple[Anchor, ...]
     step: int = -1
     state: Any = None
     made: Any = None
 
     def matches(self, leaves: Sequence[torch.Tensor]) -> int:
         """How many of ``leaves`` are the tensors this branch was called with before, unchanged."""
-        pairs = zip(self.anchors, leaves, strict=True)
-        return sum(known() is leaf and version == version_of(leaf) for (known, version), leaf in pairs)
+        return sum(known == anchor for known, anchor in zip(self.anchors, anchored(leaves), strict=True))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept for its later steps."""
+        return sum(held.nbytes for held in (self.state, self.made) if held is not None)
 
     def remember(self, leaves: Sequence[torch.Tensor]) -> None:
         self.anchors = anchored(leaves)
 
 
-def anchored(leaves: Sequence[torch.Tensor]) -> tuple[tuple[weakref.ref[torch.Tensor], int], ...]:
-    """What :meth:`Branch.matches` compares with."""
-    return tuple((weakref.ref(leaf), version_of(leaf)) for leaf in leaves)
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """How often ``tensor`` was changed in place; -1 where torch does not count that."""
-    return -1 if tensor.is_inference() else tensor._version
+def anchored(leaves: Sequence[torch.Tensor]) -> tuple[Anchor, ...]:
+    """What tells whether tensors are the ones of before: where they lie, and how often that was changed in place (-1
+    where torch does not count it). The same part of a storage is the same, though it was sliced out again."""
+    return tuple(
+        (
+            weakref.ref(leaf.untyped_storage()),
+            (leaf.storage_offset(), leaf.shape, leaf.stride()),
+            -1 if leaf.is_inference() else leaf._version,
+        )
+        for leaf in leaves
+    )
 
 
 @dataclass(eq=False)
@@ -173,7 +182,8 @@ def _sampler_mark(pipeline: Any, mark: _Mark) -> _Mark | None:
         place = made if hasattr(sampler, "step_index") and made < listed.numel() else None
     if place is None:
         return None
-    return _Mark(mark.value, listed.untyped_storage(), int(listed.storage_offset()) + place, listed.numel(), True)
+    offset = int(listed.storage_offset())
+    return _Mark(mark.value, listed.untyped_storage(), offset + place, offset + listed.numel(), True)
 
 
 def _index(values: list[float], value: float) -> int | None:
@@ -181,8 +191,8 @@ def _index(values: list[float], value: float) -> int | None:
 
 
 class Timeline:
-    """The generations of one module; each thread has its own. ``pipeline`` is the diffusion pipeline whose sampler
-    calls the module, where that is known."""
+    """The generations of one module; each thread has its own. ``pipeline`` is the diffusion pipeline that calls the
+    module, where that is known."""
 
     def __init__(self, pipeline: Any = None) -> None:
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
@@ -216,8 +226,7 @@ class Timeline:
     def kept_bytes(self) -> int:
         """Bytes that the generations under way keep for later steps."""
         under_way = [track.generation for track in self._tracks()]
-        states = [branch.state for one in under_way if one is not None for branch in one.every_branch()]
-        return sum(state.nbytes for state in states if state is not None)
+        return sum(branch.nbytes for one in under_way if one is not None for branch in one.every_branch())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Timeline:
         """A copied module has generations of its own."""

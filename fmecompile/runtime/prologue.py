@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fmecompile.runtime.executable import Executable, Keep
-from fmecompile.runtime.generation import Branch, Generation, anchored
+from fmecompile.runtime.generation import Anchor, Branch, Generation, anchored
 
 UNCOUNTED = -1
 """The version of a tensor whose changes torch does not count."""
@@ -25,7 +25,7 @@ class Made:
     """Values made at ``step`` or proven the same up to it, and what they were made of."""
 
     step: int
-    sources: tuple[Any, ...]
+    sources: tuple[Anchor, ...]
     values: Keep
 
     @property
@@ -35,11 +35,7 @@ class Made:
     def holds(self, sources: Sequence[torch.Tensor]) -> bool:
         """Whether the values would come out the same again."""
         now = anchored(sources)
-        same = all(
-            known() is tensor and known_version == version != UNCOUNTED
-            for (known, known_version), (_, version), tensor in zip(self.sources, now, sources, strict=True)
-        )
-        return same and len(now) == len(self.sources)
+        return self.sources == now and all(version != UNCOUNTED for _, _, version in now)
 
 
 class Prologue:

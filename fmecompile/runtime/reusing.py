@@ -16,9 +16,10 @@ from fmecompile.reuse.faster_cache import FasterCache
 from fmecompile.reuse.policy import FeedbackPolicy, FeedbackRun, Policy, ProbePolicy, ProbeRun, StaticPolicy
 from fmecompile.reuse.steps import FULL, UNCOND, Decision, Steps
 from fmecompile.runtime.change import Frames, changes, motion
-from fmecompile.runtime.executable import Executable
+from fmecompile.runtime.executable import Executable, Keep
 from fmecompile.runtime.generation import Branch, Generation, Timeline
 from fmecompile.runtime.guidance import Gap, conditional, halved
+from fmecompile.runtime.prologue import Prologue
 from fmecompile.runtime.signature import fake_mode_of
 
 HEAD: Decision = frozenset({"(head)"})
@@ -42,6 +43,9 @@ class Variants(Protocol):
     def __call__(self, decision: Decision, elsewhere_bytes: int) -> Executable:
         """The program of a step that reuses ``decision``, while so many bytes are kept for others."""
         ...
+
+    @property
+    def prologue(self) -> Prologue | None: ...
 
     def renewed(self, decision: Decision) -> frozenset[str]:
         """The cuts whose value such a step computes."""
@@ -146,10 +150,16 @@ class Reusing:
             branch.state = self._begin(generation)
             self._prepare(branch.state)
         try:
-            return self._run(leaves, branch, branch.state)
+            shared = self._shared(generation, branch, leaves)
+            return self._run(leaves, branch, branch.state, shared)
         except BaseException:
-            branch.state = None  # what was kept is of a step that did not end
+            branch.state = branch.made = None  # what was kept is of a step that did not end
             raise
+
+    def _shared(self, generation: Generation, branch: Branch, leaves: Sequence[Any]) -> Keep:
+        """What is the same at every step."""
+        prologue = self._variants.prologue
+        return {} if prologue is None else prologue.values(generation, branch, leaves)
 
     def _begin(self, generation: Generation) -> Kept:
         steps = Steps(generation.count)
@@ -169,13 +179,13 @@ class Reusing:
         for decision in dict.fromkeys(kept.plan or ()):
             self._variants(decision, self._timeline.kept_bytes())
 
-    def _run(self, leaves: Sequence[Any], branch: Branch, kept: Kept) -> Any:
+    def _run(self, leaves: Sequence[Any], branch: Branch, kept: Kept, shared: Keep) -> Any:
         step = branch.step
-        elsewhere = self._timeline.kept_bytes() - kept.nbytes
+        elsewhere = self._timeline.kept_bytes() - branch.nbytes
         if isinstance(kept.run, ProbeRun):
-            decision, operands = self._probe(leaves, kept, step, elsewhere)
+            decision, operands = self._probe(leaves, kept, step, elsewhere, shared)
         else:
-            decision, operands = kept.decide(step), {}
+            decision, operands = kept.decide(step), dict(shared)
         decision = self._possible(kept, decision)
         if UNCOND in decision:
             kept.halve()
@@ -223,12 +233,12 @@ class Reusing:
         return result
 
     def _probe(
-        self, leaves: Sequence[Any], kept: Kept, step: int, elsewhere: int
+        self, leaves: Sequence[Any], kept: Kept, step: int, elsewhere: int, shared: Keep
     ) -> tuple[Decision, dict[tuple[str, int], torch.Tensor]]:
         """Run the head of a step and decide; also what the head hands to the rest."""
         policy = self._policy
         assert isinstance(policy, ProbePolicy)
-        _, new = self._variants(HEAD, elsewhere).run(leaves)
+        _, new = self._variants(HEAD, elsewhere).run(leaves, shared)
         now = tuple(new.pop(name) for name in self._variants.probes)
         change = None
         if kept.measured and fake_mode_of(list(leaves)) is None:
@@ -237,7 +247,7 @@ class Reusing:
         decision = kept.decide(step, change)
         if decision == FULL or policy.reference == "previous":
             kept.measured = now
-        return decision, {(name, 0): value for name, value in new.items()}
+        return decision, {**shared, **{(name, 0): value for name, value in new.items()}}
 
     def _look_back(self, leaves: Sequence[Any], kept: Kept, now: tuple[torch.Tensor, ...]) -> None:
         """Measure what a full step computed and tell the policy: one transfer to the host, and none at first where no

@@ -1,0 +1,1 @@
+"""What step reuse does to frames, on small models of the real classes that have learned something."""
