@@ -16,7 +16,7 @@ from fmecompile.analysis.mixing import CLIP_DIMS
 from fmecompile.analysis.probes import Probes
 from fmecompile.backends.budgeted import within_budget
 from fmecompile.backends.eager import EagerCompiler
-from fmecompile.backends.reusing import conditioning_leaves, place_of_timestep, split
+from fmecompile.backends.reusing import conditioning, place_of_timestep, split
 from fmecompile.capture.example import Example
 from fmecompile.capture.export import capture
 from fmecompile.capture.shell import Shell
@@ -91,7 +91,7 @@ class RecordingCompiler:
             compilation = Compilation(capture(shell, args, kwargs))
             normalise(compilation, observe)
             timestep = place_of_timestep(forward, args, kwargs)
-            places = conditioning_leaves(compilation.program, timestep)
+            places = conditioning(compilation.program, timestep)
             per_step = replace(compilation, program=compilation.program.copy(), notes=[])
             split(per_step, places)
             found = _found(self.asked, per_step)

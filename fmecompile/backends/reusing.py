@@ -88,8 +88,7 @@ def _kind(decision: Decision) -> str:
 
 @dataclass(frozen=True)
 class ReusingCompiler:
-    """The compiler callback of a dispatcher whose module runs under ``policy``. Raises CalibrationMismatch where that
-    was calibrated on another one."""
+    """The compiler callback of a dispatcher whose module runs under ``policy``."""
 
     eager: EagerCompiler
     policy: Policy
@@ -152,11 +151,11 @@ class _Captured:
     ) -> _Captured:
         compilation = Compilation(capture(shell, args, kwargs))
         normalise(compilation, observe)
-        conditioning = conditioning_leaves(compilation.program, timestep)
+        leaves = conditioning(compilation.program, timestep)
         if not policy.needs_guidance:  # half of an input is another tensor at every step
-            compilation.done("prologue", split(compilation, conditioning), observe)
+            compilation.done("prologue", split(compilation, leaves), observe)
         choice = Choice.of(policy, compilation.program, compilation.facts)
-        return cls(Example.of(args, kwargs), compilation, choice, choice.batch, conditioning)
+        return cls(Example.of(args, kwargs), compilation, choice, choice.batch, leaves)
 
     def inputs(self) -> Any:
         """The arguments on fake tensors."""
@@ -254,7 +253,7 @@ def place_of_timestep(forward: Callable[..., Any], args: tuple[Any, ...], kwargs
     return next(i for i, leaf in enumerate(leaves) if leaf is told)
 
 
-def conditioning_leaves(program: Program, timestep: int | None) -> tuple[int, ...]:
+def conditioning(program: Program, timestep: int | None) -> tuple[int, ...]:
     """The leaves that a program reads, without clips and the timestep."""
     bound = zip(program.placeholders, program.bindings, strict=True)
     inputs = [(b.leaf, node_spec(node)) for node, b in bound if isinstance(b, Input)]
