@@ -66,8 +66,9 @@ def watched() -> Iterator[list[str]]:
     run = Executable.run
 
     def spy(self: Executable, leaves: Any, kept: Any = None, coefficients: Any = ()) -> Any:
-        if kept or self.keeps:
-            bits.append("0" if kept else "1")
+        taken, keeps = ([n for n in names if not n.startswith("prologue")] for names in (self.takes, self.keeps))
+        if taken or keeps:
+            bits.append("0" if taken else "1")
         return run(self, leaves, kept or {}, coefficients)
 
     with mock.patch.object(Executable, "run", spy):
@@ -538,8 +539,7 @@ def needs(kind: str) -> tuple[dict[str, int], int]:
 def test_what_is_kept_counts_in_a_budget(unet: nn.Module, kind: str) -> None:
     """Allowed >= projected >= measured at every step; all that is held then is within the budget."""
     policy, inputs = POLICIES[kind], unet_inputs()
-    floors, one = needs(kind)
-    kept = one * (policy.order + 1 if kind == "forecast" else 1)
+    floors, kept = needs(kind)
     budget = at_rest(unet, inputs) + max(floors.values()) + kept + ROUNDING_BYTES
     fmecompile.optimize(unet, reuse=policy, strict=True, memory_budget=budget)
     measured(unet, inputs)  # constants are made at first use

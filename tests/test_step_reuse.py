@@ -52,7 +52,7 @@ def variant(compilation: Compilation, model: nn.Module, reuse: StepReuse, *, loo
 # ----------------------------------------------------------------------------------------------------------- the graphs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("build", "call"), MODELS)
 def test_a_shallow_step_on_true_values_is_the_full_one(
     build: Callable[[], nn.Module], call: Inputs, dtype: Any
