@@ -2,7 +2,7 @@
 
 DeepCache's uniform schedule reaches only some numbers, so those are the ones. Step Rehash has its keys from
 similarities (``calibrated``) or evenly spread (``even``), and each mode. In these UNets, as in SVD's own, both methods
-reuse the same value by default, and on 25 steps an even spread of 13, 9, 7 or 4 keys is DeepCache's schedule: there,
+reuse the same value by default, and on 25 steps an even spread of 13, 9 or 7 keys is DeepCache's schedule: there,
 calibrated schedules and other modes make the difference.
 """
 
