@@ -152,6 +152,7 @@ def test_a_call_that_differs_is_as_in_a_fresh_pipeline(change: str) -> None:
     assert_as_in_a_fresh_pipeline(pipelines.animatediff(), **CHANGES[change])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", BUILDS)
 def test_a_call_that_differs_in_everything(build: Callable[[], Any]) -> None:
     off = ["min_guidance_scale", "max_guidance_scale"] if build is pipelines.svd else ["guidance_scale"]
@@ -321,6 +322,7 @@ def test_model_cpu_offload(animatediff: Any, sampler: Any) -> None:
     assert relative(latents(fast), want) > 1e-3
 
 
+@pytest.mark.slow
 def test_precision_changes_between_generations(plain: Any) -> None:
     fast = reusing(plain)
     want = latents(fast)
@@ -556,6 +558,7 @@ def test_what_is_kept_counts_in_a_budget(unet: nn.Module, kind: str) -> None:
     assert "kept for later steps" in str(fmecompile.explain(unet))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("with_loops")
 @pytest.mark.parametrize("kind", ["residual", "forecast"])
 def test_a_budget_without_room_for_it_is_refused_at_the_first_step(unet: nn.Module, kind: str) -> None:
@@ -570,6 +573,7 @@ def test_a_budget_without_room_for_it_is_refused_at_the_first_step(unet: nn.Modu
     measured(unet, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("with_loops")
 @torch.no_grad()
 def test_a_budget_counts_what_the_other_half_of_guidance_keeps(unet: nn.Module) -> None:
