@@ -64,13 +64,15 @@ MAX_REPAIRS = 3
 
 @dataclass
 class Compilation:
-    """One program on its way through the stages. ``notes`` holds what each stage said it did."""
+    """One program on its way through the stages. ``notes`` holds what each stage said it did, ``weight_bytes`` what the
+    module reads of its weights, which are there though a rewrite may not read all of them."""
 
     program: Program
     facts: FactTable = field(default_factory=FactTable)
     groups: dict[str, Group] = field(default_factory=dict)
     loops: dict[str, nn.Module] = field(default_factory=dict)
     notes: list[tuple[str, str]] = field(default_factory=list)
+    weight_bytes: int | None = None
 
     def project(self) -> Projection:
         return project(self.program, self.groups, self.facts)
@@ -122,6 +124,7 @@ def normalise(compilation: Compilation, observe: Observe | None = None) -> None:
     """Run the passes that need no plan."""
     program, facts = compilation.program, compilation.facts
     edit.annotate(compute_nodes(program.graph), facts)
+    compilation.weight_bytes = _bound_bytes(program, Weight)
     compilation.done("capture", f"{len(compute_nodes(program.graph))} operators", observe)
     for item in PASSES:
         note = item.apply(program, facts)
@@ -206,7 +209,7 @@ def lower(
         allowed_bytes=max(answer.allowed_bytes, projected),
         floor_bytes=min(answer.floor_bytes, projected),
         eager_peak_bytes=0,
-        weight_bytes=_bound_bytes(program, Weight),
+        weight_bytes=_bound_bytes(program, Weight) if compilation.weight_bytes is None else compilation.weight_bytes,
         input_bytes=_bound_bytes(program, Input),
         owners=projection.owners[:16],
         timeline=tuple(m.total_bytes for m in projection.moments),
