@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from fmecompile.backends.budgeted import NO_WISHES, Budget, Wishes, compile_budg
 from fmecompile.capture.example import Example
 from fmecompile.capture.shell import Shell
 from fmecompile.graph.plan import Plan
-from fmecompile.pipeline import Compilation, Record
+from fmecompile.pipeline import Compilation, Observe, Record
 from fmecompile.runtime.executable import Executable
 
 Progress = Callable[[str], AbstractContextManager[Callable[[str], None]]]
@@ -37,6 +37,16 @@ class EagerCompiler:
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Executable, Record]:
         example = Example.of(args, kwargs)
+        with self.observed(module) as (observe, notes):
+            shell = Shell(module, forward)
+            compiled, plan, allowance = compile_budgeted(
+                shell, args, kwargs, self.budget, wishes=self.wishes, saved=self.saved, observe=observe
+            )
+        return Executable(compiled, module), Record(plan, example, tuple(notes), allowance)
+
+    @contextmanager
+    def observed(self, module: nn.Module) -> Iterator[tuple[Observe, list[tuple[str, str]]]]:
+        """Show the progress of a compilation; also the list that what its stages say is written to."""
         notes: list[tuple[str, str]] = []
         with self.progress(type(module).__name__) as shown:
 
@@ -44,11 +54,7 @@ class EagerCompiler:
                 notes.append(compilation.notes[-1])
                 shown(name)
 
-            shell = Shell(module, forward)
-            compiled, plan, allowance = compile_budgeted(
-                shell, args, kwargs, self.budget, wishes=self.wishes, saved=self.saved, observe=observe
-            )
-        return Executable(compiled, module), Record(plan, example, tuple(notes), allowance)
+            yield observe, notes
 
     def situation(self) -> Hashable:
         """What a program depends on apart from the call and the module."""

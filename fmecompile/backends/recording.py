@@ -80,13 +80,7 @@ class RecordingCompiler:
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Recorder, Record]:
-        notes: list[tuple[str, str]] = []
-        with self.eager.progress(type(module).__name__) as shown:
-
-            def observe(name: str, compilation: Compilation) -> None:
-                notes.append(compilation.notes[-1])
-                shown(name)
-
+        with self.eager.observed(module) as (observe, notes):
             shell = Shell(module, forward)
             compilation = Compilation(capture(shell, args, kwargs))
             normalise(compilation, observe)

@@ -99,13 +99,7 @@ class ReusingCompiler:
     ) -> tuple[Reusing, Record]:
         if self.policy.calibration is not None:
             self.policy.calibration.require_model(module)
-        notes: list[tuple[str, str]] = []
-        with self.eager.progress(type(module).__name__) as shown:
-
-            def observe(name: str, compilation: Compilation) -> None:
-                notes.append(compilation.notes[-1])
-                shown(name)
-
+        with self.eager.observed(module) as (observe, notes):
             shell = Shell(module, forward)
             timestep = place_of_timestep(forward, args, kwargs)
             whole = _Captured.of(shell, args, kwargs, self.policy, timestep, observe)

@@ -74,6 +74,10 @@ class DBCache(StaticPolicy, ProbePolicy):
         return {ALL: f"block_stack:{self.head_blocks}:{self.tail_blocks}" if self.cut == "block_stack" else self.cut}
 
     @property
+    def least_change(self) -> float:
+        return self.token_threshold
+
+    @property
     def probe(self) -> str:
         return f"head_residual:{self.head_blocks}"
 

@@ -89,6 +89,12 @@ class Policy(ABC):
         """It works on the two halves of classifier-free guidance, so both must be there."""
         return False
 
+    def factors(self, steps: Steps, step: int) -> tuple[float, float]:
+        """For a step that leaves out the unconditional branch: what the low and the high frequencies of the difference
+        of both branches are multiplied by."""
+        del steps, step
+        return (1.0, 1.0)
+
     @property
     def cuts(self) -> Mapping[str, Cut]:
         """For each component that a decision can name, what is reused. ``UNCOND`` is a branch and not listed."""
@@ -228,6 +234,11 @@ class ProbePolicy(Policy):
     @abstractmethod
     def probe(self) -> str:
         """The symbolic name, or a pattern, of the value that is compared."""
+
+    @property
+    def least_change(self) -> float:
+        """Only tokens that changed by more than this, relatively, enter the mean; 0: all of them."""
+        return 0.0
 
     @abstractmethod
     def start(self, steps: Steps) -> ProbeRun:

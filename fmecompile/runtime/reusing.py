@@ -11,8 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fmecompile.reuse.db_cache import DBCache
-from fmecompile.reuse.faster_cache import FasterCache
 from fmecompile.reuse.policy import FeedbackPolicy, FeedbackRun, Policy, ProbePolicy, ProbeRun, StaticPolicy
 from fmecompile.reuse.steps import FULL, UNCOND, Decision, Steps
 from fmecompile.runtime.change import Frames, changes, motion
@@ -221,7 +219,6 @@ class Reusing:
         """The result of both halves: rebuilt where one was left out; else what they differ by is kept for that."""
         if not self._policy.needs_guidance:
             return result
-        assert isinstance(self._policy, FasterCache)
         flat, spec = tree_flatten(result)
         if UNCOND in decision:
             factors = self._policy.factors(kept.steps, step)
@@ -242,8 +239,7 @@ class Reusing:
         now = tuple(new.pop(name) for name in self._variants.probes)
         change = None
         if kept.measured and fake_mode_of(list(leaves)) is None:
-            least = policy.token_threshold if isinstance(policy, DBCache) else 0.0
-            change = float(changes(now, kept.measured, least))
+            change = float(changes(now, kept.measured, policy.least_change))
         decision = kept.decide(step, change)
         if decision == FULL or policy.reference == "previous":
             kept.measured = now
