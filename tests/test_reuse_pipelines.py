@@ -19,6 +19,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import fmecompile
+from fmecompile.backends import reusing as reusing_backend
+from fmecompile.passes.prologue import Prologue as SplitPrologue
 from fmecompile.runtime.dispatch import find
 from fmecompile.runtime.executable import Executable
 from fmecompile.runtime.generation import Timeline
@@ -75,6 +77,21 @@ def watched() -> Iterator[list[str]]:
         yield bits
 
 
+@contextmanager
+def prologues() -> Iterator[list[int]]:
+    """How many values each prologue makes that runs meanwhile."""
+    made: list[int] = []
+    run = Executable.run
+
+    def spy(self: Executable, *args: Any) -> Any:
+        if self.keeps and all(name.startswith("prologue") for name in self.keeps):
+            made.append(len(self.keeps))
+        return run(self, *args)
+
+    with mock.patch.object(Executable, "run", spy):
+        yield made
+
+
 def steps_of(pipe: Any, **call: Any) -> str:
     """Which steps of one generation are full."""
     with watched() as bits:
@@ -125,6 +142,28 @@ def test_two_programs_serve_fifty_steps(build: Callable[[], Any]) -> None:
     (reuse,) = reuse_of(fast.unet)
     assert len(reuse.plans) == 2
     assert all(path in str(fmecompile.explain(fast)) for path in ("unet", "StepRehash", "step that reuses"))
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_without_a_policy_what_all_steps_share_is_made_once(
+    build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a pipeline; a module alone may be called with anything."""
+    monkeypatch.setattr(reusing_backend, "SplitPrologue", functools.partial(SplitPrologue, share=1.0))  # they are small
+    plain = build()
+    want = latents(plain)
+    fast = fmecompile.optimize(copy.deepcopy(plain), strict=True)
+    for _ in range(2):
+        with prologues() as made:
+            assert relative(latents(fast), want) < TOLERANCE
+        assert len(made) == 1 and made[0] > 0
+        assert kept_bytes(fast.unet) == 0
+    assert "made once" in str(fmecompile.explain(fast))
+    alone = copy.deepcopy(plain)
+    fmecompile.optimize(alone.unet, strict=True)
+    with prologues() as made:
+        latents(alone)
+    assert not made and reuse_of(alone.unet) == [None]
 
 
 # ------------------------------------------------------------------------------------------------- calls that differ

@@ -45,6 +45,8 @@ class Choice:
     @classmethod
     def of(cls, policy: Policy, program: Program, facts: FactTable) -> Choice:
         """Raises OptionError where a name stands for nothing, and where nothing would be saved."""
+        if not policy.cuts:
+            return cls((), (), order=0, batch=0)
         cuts = Cuts(program)
         probes = Probes(cuts)
         watched, frames = _watched(policy, probes)

@@ -64,6 +64,8 @@ class ReuseRecord:
         return values + sum(v.nbytes for v in self.watched) + self.gap_bytes
 
     def __str__(self) -> str:
+        if not self.values:
+            return f"{self.policy}; {self.shared_bytes / 2**20:.2f} MiB are made once and serve all steps"
         lines = [f"{self.policy}; {len(self.plans)} programs so far"]
         for value in self.values[:4]:
             lines.append(f"  {value.module}: {value.nbytes / 2**20:.1f} MiB kept, {value.saved:.1%} of the work saved")
@@ -96,7 +98,7 @@ class ReusingCompiler:
 
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Reusing, Record]:
+    ) -> tuple[Reusing | Executable, Record]:
         if self.policy.calibration is not None:
             self.policy.calibration.require_model(module)
         with self.eager.observed(module) as (observe, notes):
@@ -112,6 +114,8 @@ class ReusingCompiler:
             variants = _Variants(self, shell, whole, half)
             for decision in (HEAD, FULL) if whole.choice.crossing else (FULL,):
                 variants.make(decision, observe)
+            if not whole.choice.cuts and variants.prologue is None:
+                return variants.alone(notes)
         plan = max(variants.record.plans.values(), key=lambda plan: plan.projected_peak_bytes)
         record = Record(plan, whole.example, tuple(notes), variants.allowance, variants.record)
         runs = variants.record.runs
@@ -212,7 +216,8 @@ class _Variants:
         captured = self._captured(decision)
         program, note = captured.variant(decision - {UNCOND})
         compilation = replace(captured.compilation, program=program, notes=[])
-        compilation.done("step-reuse", note, observe)
+        if captured.choice.cuts:
+            compilation.done("step-reuse", note, observe)
         held = captured.choice.held_bytes(program) + self.record.shared_bytes + elsewhere_bytes
         make = partial(self._lower, compilation, observe)
         eager = self._compiler.eager
@@ -225,6 +230,11 @@ class _Variants:
         self.record.plans[decision], self.record.notes[decision] = plan, note
         made = self._made[decision, elsewhere_bytes] = Executable(compiled, self._shell.module)
         return made
+
+    def alone(self, notes: Sequence[tuple[str, str]]) -> tuple[Executable, Record]:
+        """The full step, where nothing is reused."""
+        plan, example = self.record.plans[FULL], self._whole.example
+        return self(FULL), Record(plan, example, tuple(notes), self.allowance)
 
     def _lower(self, compilation: Compilation, observe: Any, limits: Limits) -> tuple[Compiled, Plan]:
         return lower_within(compilation, self._compiler.eager.saved, limits, observe)
