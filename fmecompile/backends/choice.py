@@ -12,6 +12,7 @@ from fmecompile.analysis.cuts import Cuts, CutValue
 from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.probes import Probes
 from fmecompile.analysis.storages import storages
+from fmecompile.backends.offer import NO_OFFER, Offer
 from fmecompile.errors import OptionError
 from fmecompile.graph.program import Kept, Program
 from fmecompile.graph.specs import TensorSpec, node_spec, tensor_spec
@@ -29,10 +30,12 @@ _CROSSING = next(iter(HEAD))
 class Choice:
     """``cuts`` may be reused, and lie at ``values``; ``probes`` are measured, at ``watched``, whose frames are in
     ``frames``; ``crossing`` is what a step's head hands to its tail, where the policy decides in between. ``batch`` is
-    that of the first clip, ``gap_bytes`` what is kept of the difference between the halves of guidance."""
+    that of the first clip, ``gap_bytes`` what is kept of the difference between the halves of guidance. ``offer`` is
+    what could be reused instead."""
 
     cuts: tuple[Cut, ...]
     values: tuple[CutValue, ...]
+    offer: Offer
     order: int
     batch: int
     gap_bytes: int = 0
@@ -46,7 +49,7 @@ class Choice:
     def of(cls, policy: Policy, program: Program, facts: FactTable) -> Choice:
         """Raises OptionError where a name stands for nothing, and where nothing would be saved."""
         if not policy.cuts:
-            return cls((), (), order=0, batch=0)
+            return cls((), (), NO_OFFER, order=0, batch=0)
         cuts = Cuts(program)
         probes = Probes(cuts)
         watched, frames = _watched(policy, probes)
@@ -58,7 +61,8 @@ class Choice:
         batch = tensor_spec(cuts.clips[0]).shape[0] if cuts.clips else 1
         order = policy.order if policy.mode == "forecast" else 0
         gap = sum(map(_gap_bytes, program.outputs)) if policy.needs_guidance else 0
-        made = partial(cls, tuple(_named(chosen)), values, order, batch, gap)
+        offer = Offer.of(cuts.sets, values, policy.alike)
+        made = partial(cls, tuple(_named(chosen)), values, offer, order, batch, gap)
         measured = tuple(Cut(f"(probe):{k}", v.value, "(probe)", v.source) for k, v in enumerate(watched))
         if not has_head:
             return made(measured, tuple(watched), frames)
@@ -121,7 +125,13 @@ def _watched(policy: Policy, probes: Probes) -> tuple[list[CutValue], tuple[Fram
 def _chosen(policy: Policy, cuts: Cuts, component: str, head: set[str]) -> list[CutValue]:
     """The values of one component, without those that the head of every step computes anyway."""
     wanted = policy.cuts[component]
-    found = [value for value in cuts.named(wanted, policy.mode) if value.value not in head]
+    if policy.needs_guidance and "auto:" in str(wanted):
+        raise OptionError(
+            f"{wanted!r} within its bytes would be other values where one branch of guidance is left out",
+            next_step='name the values, or use cut="auto"',
+        )
+    copies = policy.order + 1 if policy.mode == "forecast" else 1
+    found = [value for value in cuts.named(wanted, policy.mode, copies) if value.value not in head]
     if cuts.saved_by(found) <= 0:
         raise OptionError(
             f"{wanted!r} can be reused, and nothing would be saved by it",

@@ -18,6 +18,7 @@ from fmecompile.analysis.cuts import CutValue
 from fmecompile.backends.budgeted import within_budget
 from fmecompile.backends.choice import Choice
 from fmecompile.backends.eager import EagerCompiler
+from fmecompile.backends.offer import Offer
 from fmecompile.budget import Allowance
 from fmecompile.capture.example import Example
 from fmecompile.capture.export import capture
@@ -44,10 +45,11 @@ class ReuseRecord:
     """What is reused in one signature: the policy in words, the values, those that are measured, the plan of each kind
     of step so far (``HEAD`` for what runs before a policy decides), and what the steps of the latest runs did.
     ``order`` is that of the forecast, ``gap_bytes`` what the halves of guidance differ by, ``shared_bytes`` what all
-    steps share and one of them makes."""
+    steps share and one of them makes. ``offer`` is what could be reused instead."""
 
     policy: str
     values: tuple[CutValue, ...]
+    offer: Offer
     plans: dict[Decision, Plan]
     notes: dict[Decision, str]
     watched: tuple[CutValue, ...] = ()
@@ -70,6 +72,8 @@ class ReuseRecord:
         for value in self.values[:4]:
             lines.append(f"  {value.module}: {value.nbytes / 2**20:.1f} MiB kept, {value.saved:.1%} of the work saved")
         lines += [f"  and {len(self.values) - 4} more"] if len(self.values) > 4 else []
+        lines += [f"  together {self.offer.chosen.saved:.1%} of the work saved"] if len(self.values) > 1 else []
+        lines += [f"  {line}" for line in str(self.offer).splitlines()]
         lines += [f"  {self.shared_bytes / 2**20:.2f} MiB are the same at every step"] if self.shared_bytes else []
         lines += [f"  measured: {', '.join(v.module or v.value for v in self.watched)}"] if self.watched else []
         for decision, plan in self.plans.items():
@@ -179,7 +183,15 @@ class _Variants:
         policy = compiler.policy.describe()
         self.prologue, shared = self._made_once()
         self.record = ReuseRecord(
-            policy, choice.values, {}, {}, choice.watched, choice.order, choice.gap_bytes, shared_bytes=shared
+            policy,
+            choice.values,
+            choice.offer,
+            {},
+            {},
+            choice.watched,
+            choice.order,
+            choice.gap_bytes,
+            shared_bytes=shared,
         )
         self.allowance: Any = None
 

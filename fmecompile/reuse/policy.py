@@ -15,7 +15,9 @@ What is reused has symbolic names that whoever builds the graphs resolves to val
 ``last_up_temporal`` (the temporal layer's output in the last up block), ``deep_feature:B`` (what meets the skip
 connection of branch B, 0 being the outermost), ``block_stack:F:B`` (the stack of blocks without its first F and last
 B; ``block_stack`` is all of it), ``block_residuals`` (what each part of a block adds, before it is added),
-``spatial_attention``, ``temporal_attention``, ``cross_attention``, ``attention`` (all of them), ``auto``.
+``spatial_attention``, ``temporal_attention``, ``cross_attention``, ``attention`` (all of them), ``auto`` (the value
+that saves most, or several where they save clearly more and keep no more), ``auto:200MiB`` (the values that together
+save most within so many bytes, for each branch of guidance that is called alone; all that a forecast keeps counts).
 Probes: ``head_residual:F`` (out minus in of the first F blocks),
 ``modulated_input`` (the first block's normalised and modulated input), ``time_embedding``.
 """
@@ -88,6 +90,11 @@ class Policy(ABC):
     def needs_guidance(self) -> bool:
         """It works on the two halves of classifier-free guidance, so both must be there."""
         return False
+
+    @property
+    def alike(self) -> tuple[float, float] | None:
+        """The least and the greatest similarity of what is reused between neighbouring steps; None: not known."""
+        return None
 
     def factors(self, steps: Steps, step: int) -> tuple[float, float]:
         """For a step that leaves out the unconditional branch: what the low and the high frequencies of the difference
