@@ -179,6 +179,17 @@ def test_cuts_that_match_nothing_are_refused_with_near_names() -> None:
         cuts.named("deep_feature:99")
 
 
+def test_what_no_clip_reaches_is_no_cut() -> None:
+    """All steps share it; a pattern that matches more than that stands for the rest."""
+    cuts = Cuts(normalised(small_svd(), svd_call(1, 3, 8, 8, torch.float32)).program)
+    both = "up_blocks.1.attentions.0.t*"
+    shared = {value.value for value in cuts.results_of(both)} - {value.value for value in cuts.named(both)}
+    assert shared and not shared & {node.name for node in cuts.moving}
+    assert all(cuts.moving & {node for node in cuts.nodes if node.name == v.value} for v in cuts.named(both))
+    with pytest.raises(fmecompile.OptionError, match="changes with the clip: add_embedding"):
+        cuts.named("add_embedding.*")
+
+
 # ------------------------------------------------------------------------------------------------------ a sampler's run
 
 
