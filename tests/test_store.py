@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fmecompile
 from fmecompile import reuse
-from fmecompile.analysis.cuts import Cuts
 from fmecompile.passes.step_reuse import Cut, StepReuse
 from fmecompile.reuse import FULL, REUSE
 from fmecompile.runtime import host
@@ -22,14 +21,13 @@ from fmecompile.runtime.host import is_host
 from fmecompile.runtime.measure import ROUNDING_BYTES
 from fmecompile.runtime.store import Store
 from tests import pipelines
-from tests.models import animatediff_call, small_animatediff, small_svd, svd_call
+from tests.models import animatediff_call, svd_call
 from tests.test_reuse_pipelines import at_rest, kept_bytes, measured, unet_inputs
 from tests.test_step_reuse import compiler, normalised, record, sampled, variant
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_loops")
 
 STEPS = 6
-DTYPES = ["float32", torch.float16, "bfloat16", "float8_e4m3fn"]
 
 
 @pytest.fixture
@@ -39,8 +37,8 @@ def without_loops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def svd() -> Iterator[tuple[nn.Module, Any]]:
-    model = small_svd().double()
-    yield model, svd_call(2, 3, 8, 8, torch.float64)
+    model = pipelines.one_level_svd().double()
+    yield model, svd_call(2, 3, 4, 4, torch.float64)
     fmecompile.restore(model)
 
 
@@ -110,8 +108,18 @@ def test_the_graph_converts(store: torch.dtype, order: int) -> None:
 # -------------------------------------------------------------------------------------------------------- what it takes
 
 
-@pytest.mark.parametrize("mode", ["feature", "residual", "forecast"])
-@pytest.mark.parametrize("store", [None, *DTYPES, "host"])
+@pytest.mark.parametrize(
+    ("store", "mode"),
+    [
+        (torch.float16, "feature"),
+        ("float8_e4m3fn", "forecast"),
+        ("host", "residual"),
+        ("host", "forecast"),
+        pytest.param(None, "forecast", marks=pytest.mark.slow),
+        pytest.param("float32", "residual", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "forecast", marks=pytest.mark.slow),
+    ],
+)
 def test_live_bytes_are_planned_bytes(svd: tuple[nn.Module, Any], store: Any, mode: Any) -> None:
     model, inputs = svd
     sample, _, *rest = inputs
@@ -126,7 +134,7 @@ def test_live_bytes_are_planned_bytes(svd: tuple[nn.Module, Any], store: Any, mo
             planned = (kept.kept_bytes if k in waiting else 0) + (kept.shared_bytes if k < STEPS - 1 else 0)
             assert compiler(model).timeline.kept_bytes() == planned
         rounded = sampled(model, inputs, STEPS)
-    numel = Cuts(normalised(small_svd().double(), inputs).program).last_up_temporal().nbytes // 8
+    numel = sample.shape[0] * sample.shape[1] * 32 * 4 * 4  # of the hidden state
     itemsize = 8 if store in (None, "host") else getattr(torch, policy.store).itemsize
     stored = numel * itemsize * (3 if mode == "forecast" else 1)
     assert (kept.kept_bytes, kept.host_bytes) == ((0, stored) if store == "host" else (stored, 0))
@@ -149,10 +157,13 @@ def stored(policy: Any, store: Any) -> Any:
     return dataclasses.replace(policy, store=store)
 
 
-@pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize(
+    "kind",
+    ["forecast", "probe", "guidance", *(pytest.param(k, marks=pytest.mark.slow) for k in ("residual", "feedback"))],
+)
 def test_host_memory_changes_no_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same frames; values went out and came back, and nothing stays."""
-    model, inputs = small_animatediff(), animatediff_call(2, 3, 8, 8, torch.float32)
+    model, inputs = pipelines.one_level_animatediff(), animatediff_call(2, 3, 8, 8, torch.float32)
     moved: list[str] = []
     waiting = set(host._host)
 
@@ -223,18 +234,9 @@ def test_stored_values_are_never_looked_at(kind: str, store: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-@pytest.mark.parametrize(
-    ("dtype", "store", "told"),
-    [
-        (torch.float32, "float32", "'float16', 'bfloat16', 'float8_e4m3fn', 'float8_e5m2', 'host'"),
-        (torch.float16, torch.bfloat16, "'float8_e4m3fn', 'float8_e5m2', 'host'"),
-    ],
-)
-def test_what_is_no_smaller_is_refused(dtype: torch.dtype, store: Any, told: str) -> None:
-    model, inputs = small_svd().to(dtype), svd_call(1, 3, 8, 8, dtype)
-    fmecompile.optimize(model, reuse=fmecompile.DeepCache(store=store), strict=True)
-    with (
-        torch.no_grad(),
-        pytest.raises(fmecompile.OptionError, match=rf"no smaller\n.*one of {told}, or None"),
-    ):
+def test_what_is_no_smaller_is_refused() -> None:
+    model, inputs = pipelines.one_level_svd().half(), svd_call(1, 3, 4, 4, torch.float16)
+    fmecompile.optimize(model, reuse=fmecompile.DeepCache(store=torch.bfloat16), strict=True)
+    told = r"no smaller\n.*one of 'float8_e4m3fn', 'float8_e5m2', 'host', or None"
+    with torch.no_grad(), pytest.raises(fmecompile.OptionError, match=told):
         sampled(model, inputs, 3)
