@@ -54,8 +54,9 @@ def optimize(
     moment. The plan is the one with the fewest chunk trips that meets it; by default, one near the floor.
 
     ``reuse`` is a policy (``fmecompile.StepRehash(full_steps=13)`` and others): at some steps the denoiser takes values
-    from an earlier step, which is faster and not lossless. What is kept counts in the budget. Without one, a pipeline
-    still computes once what is the same at every step of a generation, which is lossless.
+    from an earlier step, which is faster and not lossless. What is kept counts in the budget; with ``store`` the policy
+    keeps it in a smaller dtype, or in host memory. Without a policy, a pipeline still computes once what is the same at
+    every step of a generation, which is lossless.
 
     ``spill`` says whether values may wait in host memory where no other plan meets the budget: by default where the
     device has a memory of its own. ``max_chunks`` bounds the chunk trips of every group.

@@ -20,10 +20,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import fmecompile
 from fmecompile.backends import reusing as reusing_backend
+from fmecompile.backends.budgeted import within_budget
 from fmecompile.passes.prologue import Prologue as SplitPrologue
+from fmecompile.reuse import Broadcast, Policy, Steps
 from fmecompile.runtime.dispatch import find
 from fmecompile.runtime.executable import Executable
-from fmecompile.runtime.generation import Timeline
+from fmecompile.runtime.generation import Timeline, _Mark
 from fmecompile.runtime.measure import ROUNDING_BYTES
 from tests import pipelines
 from tests.pipelines import TOLERANCE, frames, relative
@@ -296,6 +298,69 @@ def test_other_pipelines(build: Callable[[], Any]) -> None:
         first = latents(fast)
     assert "".join(bits) == "101010"
     assert torch.equal(latents(fast), first)
+
+
+# ------------------------------------------------------------------------------------------------- times of the steps
+
+
+def spatial(window: tuple[float, float]) -> fmecompile.reuse.PyramidAttention:
+    """Spatial attention at every second step within a window of timesteps."""
+    return fmecompile.reuse.PyramidAttention(spatial=Broadcast(2, window), temporal=None, cross=None)
+
+
+def planned(policy: Any, pipe: Any, timesteps: Any) -> str:
+    return fmecompile.reuse.to_bits(policy.plan(Steps(timesteps=tuple(timesteps.tolist()))))
+
+
+@pytest.mark.parametrize(
+    ("build", "window"), [(pipelines.svd, (-1.0, 1.5)), (pipelines.animatediff, (100.0, 800.0))], ids=["svd", "ddim"]
+)
+def test_windows_are_on_the_timesteps_of_the_sampler(build: Callable[[], Any], window: tuple[float, float]) -> None:
+    """In its own unit: logarithms of sigmas here, numbers up to 1000 there."""
+    policy = spatial(window)
+    fast = reusing(build(), policy)
+    bits = steps_of(fast, num_inference_steps=8)
+    assert bits == planned(policy, fast, fast.scheduler.timesteps)
+    assert "0" in bits and bits != ("10" * 8)[:8]
+    fast.enable_model_cpu_offload(device="cpu")
+    assert steps_of(fast, num_inference_steps=8) == bits
+    assert kept_bytes(fast.unet) == 0
+
+
+def test_windows_of_a_run_that_begins_in_the_middle() -> None:
+    policy = spatial((100.0, 800.0))
+    fast = reusing(pipelines.video_to_video(), policy)
+    for strength, count in ((1.0, 8), (0.6, 4)):
+        bits = steps_of(fast, strength=strength, num_inference_steps=8)
+        assert bits == planned(policy, fast, fast.scheduler.timesteps[8 - count :])
+
+
+@pytest.mark.parametrize("clock", ["timestep", "sigma"])
+def test_a_forecast_knows_the_times_of_its_steps(clock: Any) -> None:
+    """They are read once in a generation, and the weights of differences are those of the sampler's own list."""
+    policy = fmecompile.DeepCache(interval=2, mode="forecast", clock=clock)
+    fast = reusing(pipelines.svd(), policy)
+    with mock.patch.object(_Mark, "rest", autospec=True, side_effect=_Mark.rest) as read:
+        with mock.patch.object(type(policy), "coefficients", autospec=True, side_effect=Policy.coefficients) as asked:
+            latents(fast)
+        assert read.call_count == 1
+    sampler = fast.scheduler
+    for call in asked.call_args_list:
+        _, steps, *_ = call.args
+        assert steps == Steps(STEPS, tuple(sampler.timesteps.tolist()), tuple(sampler.sigmas.tolist()))
+    assert asked.call_count == 3
+    assert relative(latents(fast), latents(reusing(pipelines.svd(), POLICIES["forecast"]))) > 1e-6
+
+
+def test_sigmas_of_a_sampler_without_any_are_asked_for() -> None:
+    policy = fmecompile.DeepCache(interval=2, mode="forecast", clock="sigma")
+    with pytest.raises(fmecompile.OptionError, match="sigmas of this run are not known"):
+        latents(reusing(pipelines.animatediff(), policy))
+
+
+def test_times_are_not_read_for_those_who_do_not_ask(animatediff: Any) -> None:
+    with mock.patch.object(_Mark, "rest", side_effect=AssertionError):
+        assert steps_of(animatediff) == "101010"
 
 
 # ------------------------------------------------------------------------------------------- what happens in between
@@ -605,9 +670,11 @@ def test_a_budget_without_room_for_it_is_refused_at_the_first_step(unet: nn.Modu
     floors, kept = needs(kind)
     budget = at_rest(unet, inputs) + max(floors.values()) + kept // 2
     fmecompile.optimize(unet, reuse=POLICIES[kind], memory_budget=budget)
-    for _ in range(2):
-        with torch.no_grad(), pytest.raises(fmecompile.BudgetInfeasible, match="kept for later steps") as caught:
-            unet(timestep=torch.linspace(900, 20, STEPS)[0], **inputs)
+    with mock.patch("fmecompile.backends.reusing.within_budget", side_effect=within_budget) as searched:
+        for _ in range(2):
+            with torch.no_grad(), pytest.raises(fmecompile.BudgetInfeasible, match="kept for later steps") as caught:
+                unet(timestep=torch.linspace(900, 20, STEPS)[0], **inputs)
+    assert searched.call_count == (2 if kind == "residual" else 1)  # a full step holds what a forecast needs
     fmecompile.optimize(unet, reuse=POLICIES[kind], strict=True, memory_budget=caught.value.floor_bytes)
     measured(unet, inputs)
 

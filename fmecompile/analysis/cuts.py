@@ -115,12 +115,12 @@ class Cuts:
 
     def named(self, name: str | Sequence[str], mode: str = "feature", copies: int = 1) -> list[CutValue]:
         """The values that symbolic names of a policy stand for, or patterns of module paths; in mode ``residual`` with
-        their sources. Values that nothing reads once the others are cut are left out. Where a name sets a limit of
-        bytes, ``copies`` of each value fit in it.
+        their sources. Values that no clip reaches are left out, as all steps share them, and so are those that nothing
+        reads once the others are cut. Where a name sets a limit of bytes, ``copies`` of each value fit in it.
 
         Raises OptionError where there are none, with near names, and where such a step would repeat the last one.
         """
-        found = [value for each in ([name] if isinstance(name, str) else name) for value in self.found(each, copies)]
+        found = [v for each in ([name] if isinstance(name, str) else name) for v in self._reached(each, copies)]
         if mode == "residual":
             found = [self._with_source(value) for value in found]
         else:
@@ -132,6 +132,17 @@ class Cuts:
                 next_step='use mode="residual", or name another value',
             )
         return list({value.value: value for value in found if self._by_name[value.value] in alive}.values())
+
+    def _reached(self, name: str, copies: int) -> list[CutValue]:
+        """The values of one name that a clip reaches. Raises OptionError where it reaches none of them."""
+        found = self.found(name, copies)
+        reached = [value for value in found if self._by_name[value.value] in self.moving]
+        if found and not reached:
+            raise OptionError(
+                f"{name!r} is made of nothing that changes with the clip: {found[0].module or found[0].value}",
+                next_step="name a module that the clip goes through; what all steps share is made once anyway",
+            )
+        return reached
 
     def found(self, name: str, copies: int = 1) -> list[CutValue]:
         """The values of one name; a source is set where the name says what it is."""

@@ -47,6 +47,10 @@ Cut = str | tuple[str, ...]
 MODES: tuple[Mode, ...] = ("feature", "residual", "forecast")
 CLOCKS: tuple[Clock, ...] = ("step", "timestep", "sigma")
 
+HOST = "host"
+STORES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", HOST)
+"""As which, or where, values may be kept between steps."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
@@ -57,6 +61,11 @@ class Policy(ABC):
     has an ``order`` from 1 to 4, a ``form`` (forecast.py) and a ``clock``, the axis along which steps are spaced; other
     modes don't look at these. ``guards`` limit what the policy wants. ``calibration`` says what model and how many
     steps it was measured on, where it was; it refuses others.
+
+    ``store`` says how values are kept: None as they are; a dtype smaller than theirs, or its name (``"float16"``),
+    rounded to it, and where they are beyond its range its largest number; ``"host"`` as they are, in host memory until
+    a step takes them. A forecast takes its differences between values as they are stored, and stores them alike: in few
+    bits they are rounding for the most part.
     """
 
     cut: Cut = "auto"
@@ -66,6 +75,7 @@ class Policy(ABC):
     clock: Clock = "step"
     guards: Guards = PLAIN
     calibration: CalibrationKey | None = None
+    store: Any = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cut", names("cut", self.cut))
@@ -73,6 +83,9 @@ class Policy(ABC):
         one_of("form", self.form, FORMS)
         one_of("clock", self.clock, CLOCKS)
         whole("order", self.order, 1, 4)
+        if self.store is not None:
+            object.__setattr__(self, "store", str(self.store).removeprefix("torch."))
+            one_of("store", self.store, STORES)
         if not isinstance(self.guards, Guards):
             raise OptionError(f"guards={self.guards!r} are none", next_step="give guards=Guards(warm_up=2, tail=1)")
 
@@ -85,6 +98,11 @@ class Policy(ABC):
     def needs_steps(self) -> bool:
         """The number of steps must be known before step 0."""
         return self.kind == "static" or self.guards.tail > 0
+
+    @property
+    def needs_times(self) -> bool:
+        """Timesteps or sigmas must be known before step 0; where they lie on a device, it is waited for then."""
+        return self.mode == "forecast" and self.clock != "step"
 
     @property
     def needs_guidance(self) -> bool:
