@@ -76,8 +76,10 @@ def test_differences_of_what_is_kept_in_few_bits() -> None:
     _, difference = store.take("cut")
     exact = (second.to(torch.float8_e4m3fn).float() - first.to(torch.float8_e4m3fn).float()) * 0.3
     assert difference.dtype == torch.float8_e4m3fn and torch.equal(difference, exact.to(torch.float8_e4m3fn))
-    store.renew("cut", first.to(torch.float8_e4m3fn), (1e6,))
-    assert set(store.take("cut")[1].float().abs().unique().tolist()) <= {0.0, 448.0}
+    store = Store(order=1)
+    store.renew("cut", first.half())
+    store.renew("cut", second.half(), (1e6,))
+    assert store.take("cut")[1].isfinite().all() and store.take("cut")[1].max() == 65504
 
 
 @pytest.mark.parametrize("store", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])

@@ -113,14 +113,18 @@ class Cuts:
             waiting += node.all_input_nodes if node not in taken else [self._by_name[source]] if source else []
         return found
 
-    def named(self, name: str | Sequence[str], mode: str = "feature", copies: int = 1) -> list[CutValue]:
+    def named(
+        self, name: str | Sequence[str], mode: str = "feature", copies: int = 1, *, or_unreached: bool = False
+    ) -> list[CutValue]:
         """The values that symbolic names of a policy stand for, or patterns of module paths; in mode ``residual`` with
-        their sources. Values that no clip reaches are left out, as all steps share them, and so are those that nothing
-        reads once the others are cut. Where a name sets a limit of bytes, ``copies`` of each value fit in it.
+        their sources. Values that no clip reaches are left out (``or_unreached``: unless there are no others), and so
+        are those that nothing reads once the others are cut. Where a name sets a limit of bytes, ``copies`` of each
+        value fit in it.
 
         Raises OptionError where there are none, with near names, and where such a step would repeat the last one.
         """
-        found = [v for each in ([name] if isinstance(name, str) else name) for v in self._reached(each, copies)]
+        names = [name] if isinstance(name, str) else name
+        found = [value for each in names for value in self._reached(each, copies, or_unreached)]
         if mode == "residual":
             found = [self._with_source(value) for value in found]
         else:
@@ -133,14 +137,16 @@ class Cuts:
             )
         return list({value.value: value for value in found if self._by_name[value.value] in alive}.values())
 
-    def _reached(self, name: str, copies: int) -> list[CutValue]:
-        """The values of one name that a clip reaches. Raises OptionError where it reaches none of them."""
+    def _reached(self, name: str, copies: int, or_unreached: bool) -> list[CutValue]:
+        """The values of one name that a clip reaches. Where it reaches none of them, all, or OptionError."""
         found = self.found(name, copies)
         reached = [value for value in found if self._by_name[value.value] in self.moving]
+        if or_unreached and not reached:
+            return found
         if found and not reached:
             raise OptionError(
                 f"{name!r} is made of nothing that changes with the clip: {found[0].module or found[0].value}",
-                next_step="name a module that the clip goes through; what all steps share is made once anyway",
+                next_step="name a module that the clip goes through",
             )
         return reached
 

@@ -139,7 +139,7 @@ def _named(asked: Asked, cuts: Cuts) -> list[CutValue]:
         names = [asked.cut] if isinstance(asked.cut, str) else asked.cut
         return [value for name in names for value in Probes(cuts).named(name)]
     try:
-        return cuts.named(asked.cut, asked.mode)
+        return cuts.named(asked.cut, asked.mode, or_unreached=True)  # beside others they would dilute the means
     except OptionError:
         if asked.is_optional:
             return []

@@ -142,6 +142,8 @@ class ReusingCompiler:
             if not whole.choice.cuts and variants.prologue is None:
                 return variants.alone(notes)
         plan = max(variants.record.plans.values(), key=lambda plan: plan.projected_peak_bytes)
+        if not whole.choice.cuts:  # what is shared lives all along, and nobody adds what a policy keeps
+            plan = plan.beside(variants.record.shared_bytes)
         record = Record(plan, whole.example, tuple(notes), variants.allowance, variants.record)
         runs = variants.record.runs
         return Reusing(self.policy, variants, self.timeline, timestep, whole.conditioning, runs), record
@@ -274,7 +276,7 @@ class _Variants:
         return made
 
     def alone(self, notes: Sequence[tuple[str, str]]) -> tuple[Executable, Record]:
-        """The full step, where nothing is reused."""
+        """The full step, where nothing is shared."""
         plan, example = self.record.plans[FULL], self._whole.example
         return self(FULL), Record(plan, example, tuple(notes), self.allowance)
 
