@@ -3,7 +3,6 @@
 from fmecompile.reuse.ada_cache import FAST_30, FAST_100, SLOW_30, AdaCache
 from fmecompile.reuse.db_cache import DBCache
 from fmecompile.reuse.deep_cache import DeepCache
-from fmecompile.reuse.every_step import EveryStep
 from fmecompile.reuse.faster_cache import FasterCache, attention_weight, frequency_factors
 from fmecompile.reuse.first_block_cache import FirstBlockCache
 from fmecompile.reuse.forecast import difference_scales, newton_coefficients, renew, taylor_coefficients
@@ -39,7 +38,6 @@ __all__ = [
     "DBCache",
     "Decision",
     "DeepCache",
-    "EveryStep",
     "FasterCache",
     "FeedbackPolicy",
     "FeedbackRun",
