@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._logging._internal import trace_structured
 
 from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.memory import Projection, project
@@ -237,7 +238,7 @@ def lower(
 def _trace(name: str, encoding: str, text: Callable[[], str]) -> None:
     """An artifact for tlparse, where TORCH_TRACE asks for them."""
     about = {"name": name, "encoding": encoding}
-    torch._logging.trace_structured("artifact", metadata_fn=lambda: about, payload_fn=text, expect_trace_id=False)
+    trace_structured("artifact", metadata_fn=lambda: about, payload_fn=text, expect_trace_id=False)
 
 
 def _meets(plan: Plan, limits: Limits) -> bool:

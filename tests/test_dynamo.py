@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch._logging._internal import TorchLogsFormatter
 
 from tests.models import animatediff_call, small_animatediff, small_svd, svd_call
 
@@ -149,7 +150,7 @@ def test_torch_logs_shows_them() -> None:
 def test_artifacts_belong_to_the_frame() -> None:
     log, written = logging.getLogger("torch.__trace"), io.StringIO()
     handler = logging.StreamHandler(written)
-    handler.setFormatter(torch._logging._internal.TorchLogsFormatter(trace=True))
+    handler.setFormatter(TorchLogsFormatter(trace=True))
     log.addHandler(handler)
     try:
         torch.compile(Block(), backend="fmecompile")(rows())
