@@ -7,12 +7,13 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+DOCS_STAMP := $(VENV)/.docs-stamp
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: demo test lint help clean
+.PHONY: demo test lint docs help clean
 
 demo: $(STAMP) ## the real SVD and AnimateDiff UNets on this CPU: memory, time and error, in a table and a page
 	$(BIN)/fmecompile demo
@@ -26,11 +27,14 @@ lint: $(STAMP) ## lint, formatting, types, import directions
 	$(BIN)/pyright
 	$(BIN)/pytest -q tests/test_layers.py
 
+docs: $(DOCS_STAMP) ## build the documentation: docs/_build/index.html
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
+
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 clean: ## remove build outputs and caches; .venv stays
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache demo.html demo.json
+	rm -rf build dist docs/_build *.egg-info .pytest_cache .hypothesis .ruff_cache demo.html demo.json
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml
@@ -38,4 +42,8 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
