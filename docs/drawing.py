@@ -9,7 +9,7 @@ from html import escape
 from fmecompile.graph.plan import Plan
 from fmecompile.report import bytes_text, ticks_up_to, unit_of
 
-WIDTH, LEFT, TOP, RIGHT = 760, 64, 40, 16
+WIDTH, LEFT, TOP, RIGHT = 760, 64, 40, 28
 STYLE = """
 svg { --text: #1b2127; --quiet: #55606b; --rule: #d5dbe1; --back: #ffffff; --eager: #b45309; --ours: #1d5fd0; }
 @media (prefers-color-scheme: dark) { svg { --text: #e7ecf1; --quiet: #a3afba; --rule: #343e48; --back: #11161b;
@@ -87,7 +87,7 @@ def _picture(title: str, height: int, parts: Iterable[str]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n"
         f'<rect class="back" width="{WIDTH}" height="{height}"/>\n'
-        f'<text class="title" x="{RIGHT}" y="22">{escape(title)}</text>\n' + "\n".join(parts) + "\n</svg>\n"
+        f'<text class="title" x="16" y="22">{escape(title)}</text>\n' + "\n".join(parts) + "\n</svg>\n"
     )
 
 

@@ -125,15 +125,14 @@ def _cell(text: str) -> str:
 
 def strips() -> list[tuple[str, str]]:
     """What policies decide without a calibration: a name, and for each step ``1`` where all is computed."""
-    whole: tuple[StaticPolicy, ...] = (
-        fmecompile.StepRehash(full_steps=13),
-        fmecompile.DeepCache(interval=3),
-        fmecompile.TaylorSeer(interval=5),
-        fmecompile.MagCache(ratios=(1.0, *(0.99,) * (STEPS - 1))),
-    )
-    parts = (("PyramidAttention", PyramidAttention(scale="progress")), ("FasterCache", FasterCache()))
-    found = [(policy.describe().partition(":")[0], to_bits(policy.plan(Steps(STEPS)))) for policy in whole]
-    return [*found, *(row for name, policy in parts for row in _parts(name, policy))]
+    whole: dict[str, StaticPolicy] = {
+        "StepRehash(full_steps=13)": fmecompile.StepRehash(full_steps=13),
+        "DeepCache(interval=3)": fmecompile.DeepCache(interval=3),
+        "TaylorSeer(interval=5)": fmecompile.TaylorSeer(interval=5),
+    }
+    parts = {"PyramidAttention": PyramidAttention(scale="progress"), "FasterCache": FasterCache()}
+    found = [(name, to_bits(policy.plan(Steps(STEPS)))) for name, policy in whole.items()]
+    return [*found, *(row for name, policy in parts.items() for row in _parts(name, policy))]
 
 
 def _parts(name: str, policy: StaticPolicy) -> list[tuple[str, str]]:

@@ -51,7 +51,7 @@ def optimize(
 
     ``memory_budget`` bounds what is on the device while it runs: ``"8GiB"``, bytes, or a fraction of the device as a
     float. Weights, inputs and activations count, and of a pipeline every other component that is on the device at that
-    moment. The plan is the one with the fewest chunk trips that meets it; by default, one near the floor.
+    moment. The plan is the fastest that meets it; by default, one near the floor.
 
     ``reuse`` is a policy (``fmecompile.StepRehash(full_steps=13)`` and others): at some steps the denoiser takes values
     from an earlier step, which is faster and not lossless. What is kept counts in the budget; with ``store`` the policy
