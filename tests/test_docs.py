@@ -6,6 +6,7 @@ Blocks fenced ```python run in order, a page in one namespace; blocks fenced ```
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,17 @@ from typing import Any
 import pytest
 import torch
 
+import fmecompile
+from docs.generate import operator_name, quick, reference
+from fmecompile import config
+from fmecompile.errors import FmeError
 from fmecompile.operators import RULES
+from fmecompile.pipeline import PASSES, pass_name
+from fmecompile.reuse import Policy
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+_LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
 _BLOCK = re.compile(r"^```(python|py)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -65,3 +73,45 @@ def test_code_that_cannot_run_here_parses() -> None:
     for page in PAGES:
         for line, code in blocks(page, "py"):
             compiled(page, line, code)
+
+
+def test_generated_files_are_up_to_date() -> None:
+    for name, text in quick().items():
+        written = (DOCS / name).read_text(encoding="utf-8")
+        assert written == text, f"docs/{name} is out of date; next: python -m docs.generate"
+
+
+def test_every_pass_and_operator_is_in_the_reference() -> None:
+    page = reference()
+    assert all(f"`{operator_name(target)}`" in page for target in RULES)
+    assert all(f"### {pass_name(item)}\n" in page for item in PASSES)
+
+
+def test_what_a_page_lists_is_all_there_is() -> None:
+    """A policy, an error or a variable of the environment that is new belongs into its table."""
+    public = {name: getattr(fmecompile, name) for name in fmecompile.__all__}
+    classes = {name: value for name, value in public.items() if isinstance(value, type)}
+    listed = {
+        "step-reuse.md": [name for name, value in classes.items() if issubclass(value, Policy)],
+        "debugging.md": [
+            name for name, value in classes.items() if issubclass(value, FmeError) and value is not FmeError
+        ]
+        + re.findall(r'"(FMECOMPILE_\w+)"', inspect.getsource(config)),
+    }
+    for page, names in listed.items():
+        text = (DOCS / page).read_text(encoding="utf-8")
+        missing = [name for name in names if f"| `{name}` |" not in text]
+        assert names and not missing, f"docs/{page}"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in _LINK.findall(page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_tests_and_files_that_pages_name_exist() -> None:
+    for page in PAGES:
+        if page.parent == DOCS:
+            named = re.findall(r"`((?:tests|fmecompile|passes)/[\w/.]+\.py)`", page.read_text(encoding="utf-8"))
+            assert [name for name in named if not (DOCS.parent / name).exists() and "double_negation" not in name] == []
