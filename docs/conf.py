@@ -7,7 +7,7 @@ html_theme = "furo"
 html_title = "fmecompile"
 html_show_copyright = False
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
-myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["misc.highlighting_failure"]
