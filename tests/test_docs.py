@@ -12,16 +12,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch import nn
 
 import fmecompile
-from docs.generate import operator_name, quick, reference
+from docs.generate import operator_name, planned, quick, reference
 from fmecompile import config
 from fmecompile.errors import FmeError
 from fmecompile.operators import RULES
 from fmecompile.pipeline import PASSES, pass_name
+from fmecompile.report import bytes_text
 from fmecompile.reuse import Policy
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -102,6 +105,31 @@ def test_what_a_page_lists_is_all_there_is() -> None:
         text = (DOCS / page).read_text(encoding="utf-8")
         missing = [name for name in names if f"| `{name}` |" not in text]
         assert names and not missing, f"docs/{page}"
+
+
+class FeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 256), nn.Linear(256, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+def test_pictures_of_a_plan_hold_its_numbers() -> None:
+    """Those of a real plan take a minute to make and are not compared."""
+    plan = fmecompile.plan(FeedForward().eval(), torch.randn(512, 16))
+    drawn = planned(plan)
+    assert plan.groups and drawn.keys() == {"pictures/svd-timeline.svg", "pictures/svd-groups.svg"}
+    for name, picture in drawn.items():
+        ElementTree.fromstring(picture)
+        ElementTree.fromstring((DOCS / name).read_text(encoding="utf-8"))
+    timeline, bars = drawn.values()
+    for nbytes in (plan.eager_peak_bytes, max(plan.timeline), plan.allowed_bytes):
+        assert bytes_text(nbytes) in timeline
+    for group in plan.groups:
+        assert f"{group.trips} trips, {bytes_text(group.whole_bytes)}" in bars
+        assert f"{group.trips} trips, {bytes_text(group.peak_bytes)}" in bars
 
 
 def test_links_lead_somewhere() -> None:
