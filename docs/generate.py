@@ -12,6 +12,7 @@ import pkgutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import torch
@@ -101,9 +102,17 @@ def passes() -> Iterable[str]:
     """A section a pass: what its file says of it."""
     for name in sorted(module.name for module in pkgutil.iter_modules(fmecompile.passes.__path__)):
         module = importlib.import_module(f"fmecompile.passes.{name}")
-        title, _, rest = inspect.cleandoc(module.__doc__ or "").partition("\n")
-        shown, _, about = title.partition(": ")
-        yield f"### {shown}\n\n{about[:1].upper()}{about[1:]}\n\n```text\n{rest.strip()}\n```"
+        title, *paragraphs = inspect.cleandoc(module.__doc__ or "").split("\n\n")
+        first, _, shown = title.partition("\n")
+        name, _, about = first.partition(": ")
+        parts = [f"### {name}", about[:1].upper() + about[1:], shown, *paragraphs]
+        yield "\n\n".join(map(_paragraph, filter(None, parts)))
+
+
+def _paragraph(text: str) -> str:
+    """Before and after of a rewrite keep their columns."""
+    plain = dedent(text)
+    return f"```text\n{plain}\n```" if plain.startswith("before ") else text.replace("``", "`").replace("*", "\\*")
 
 
 def _described(module_name: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -21,6 +21,7 @@ from torch import nn
 import fmecompile
 from docs.generate import operator_name, planned, quick, reference
 from fmecompile import config
+from fmecompile.backends.dynamo import OPTIONS
 from fmecompile.errors import FmeError
 from fmecompile.operators import RULES
 from fmecompile.pipeline import PASSES, pass_name
@@ -53,15 +54,17 @@ RUNNING = [page for page in PAGES if blocks(page, "python")]
 
 
 @pytest.fixture
-def rules_as_they_were() -> Iterator[None]:
-    """A page that adds a rule adds it for itself."""
+def pages_alone() -> Iterator[None]:
+    """A page that adds a rule, or compiles with Dynamo, does so for itself."""
     before = dict(RULES)
+    torch._dynamo.reset()
     yield
+    torch._dynamo.reset()
     RULES.clear()
     RULES.update(before)
 
 
-@pytest.mark.usefixtures("rules_as_they_were", "one_thread")
+@pytest.mark.usefixtures("pages_alone", "one_thread")
 @pytest.mark.parametrize("page", RUNNING, ids=ids(RUNNING))
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -91,10 +94,11 @@ def test_every_pass_and_operator_is_in_the_reference() -> None:
 
 
 def test_what_a_page_lists_is_all_there_is() -> None:
-    """A policy, an error or a variable of the environment that is new belongs into its table."""
+    """An option, a policy, an error or a variable of the environment that is new belongs into its table."""
     public = {name: getattr(fmecompile, name) for name in fmecompile.__all__}
     classes = {name: value for name, value in public.items() if isinstance(value, type)}
-    listed = {
+    listed: dict[str, Sequence[str]] = {
+        "torch-compile.md": OPTIONS,
         "step-reuse.md": [name for name, value in classes.items() if issubclass(value, Policy)],
         "debugging.md": [
             name for name, value in classes.items() if issubclass(value, FmeError) and value is not FmeError
