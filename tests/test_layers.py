@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("analysis",),
     ("operators", "capture"),
     ("graph",),
+    ("kernels",),
     ("runtime",),
     ("reuse",),
     ("report",),

@@ -30,11 +30,13 @@ from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
 from fmecompile.passes.fold_constants import FoldConstants
 from fmecompile.passes.fuse_norm import FuseNorm
+from fmecompile.passes.kernels import Kernels
 from fmecompile.passes.one_key import OneKey
 from fmecompile.passes.prologue import Prologue
 from fmecompile.passes.recompute import Recompute
 from fmecompile.passes.relax_views import RelaxViews
 from fmecompile.passes.sink_producers import SinkProducers
+from fmecompile.passes.spatial_layout import SpatialLayout
 from fmecompile.passes.spill import Spill, Wait
 from fmecompile.passes.step_reuse import Cut, StepReuse
 from fmecompile.passes.two_pass_norm import TwoPassNorm
@@ -328,6 +330,64 @@ def conditioned(x: torch.Tensor, c: torch.Tensor, w: torch.Tensor) -> torch.Tens
     """What is made of ``c`` alone is the same at every step; its sine takes no work worth the bytes."""
     return F.silu(x) * F.linear(c.exp(), w) + c.sin()
 
+
+def activated_norm(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return F.silu(F.group_norm(x, 2, w, b, 1e-6))
+
+
+def gated(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    value, gate = F.linear(x, w).chunk(2, -1)
+    return value * F.gelu(gate, approximate="tanh")
+
+
+def gated_by_the_first_half(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    gate, value = F.linear(x, w).chunk(2, -1)
+    return F.gelu(gate) * value
+
+
+def blended(a: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    alpha = a.sigmoid()
+    return alpha * s + (1.0 - alpha) * (t.exp() + t)
+
+
+def temporal_attention(h: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Two heads."""
+    shape = (*h.shape[:-1], 2, h.shape[-1] // 2)
+    rows, values = F.linear(h, q).view(shape).transpose(1, 2), h.view(shape).transpose(1, 2)
+    return F.scaled_dot_product_attention(rows, values, values).transpose(1, 2).reshape(h.shape)
+
+
+def temporal_layer(x: torch.Tensor, q: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+    """Two clips of three frames with four tokens."""
+    h = x[None, :].reshape(2, 3, 4, 6).permute(0, 2, 1, 3).reshape(8, 3, 6)
+    h = h + temporal_attention(F.layer_norm(h, (6,)), q)
+    h = h + F.linear(F.silu(h), o)
+    return h[None, :].reshape(2, 4, 3, 6).permute(0, 2, 1, 3).reshape(6, 4, 6)
+
+
+ALL_KERNELS = Kernels(everywhere=True)
+CLIPS = (noise(6, 4, 6),)
+GATE = (noise(10, 6, seed=1),)
+QUERY, OUT = noise(6, 6, seed=1), noise(6, 6, seed=2)
+CASES += [
+    Golden(
+        ALL_KERNELS,
+        "norm_and_silu",
+        lambda x, w, b: F.silu(F.group_norm(x, 2, w, b, 1e-6)),
+        X4,
+        AFFINE,
+        first=(TwoPassNorm(),),
+    ),
+    Golden(ALL_KERNELS, "norm_alone", lambda x: F.group_norm(x, 2) * 2, X4, first=(TwoPassNorm(),)),
+    Golden(ALL_KERNELS, "gated_halves", gated, (noise(4, 6),), GATE, first=(RelaxViews(),)),
+    Golden(ALL_KERNELS, "gated_the_other_way", gated_by_the_first_half, (noise(4, 6),), GATE, (RelaxViews(),), True),
+    Golden(ALL_KERNELS, "blend_and_residual", blended, (noise(4, 1), noise(4, 6), noise(4, 6, seed=1))),
+    Golden(ALL_KERNELS, "few_frames", temporal_attention, (noise(4, 3, 6),), (QUERY,)),
+    Golden(ALL_KERNELS, "many_frames", temporal_attention, (noise(2, 65, 6),), (QUERY,), idle=True),
+    Golden(Kernels(), "on_a_cpu", gated, (noise(4, 6),), GATE, (RelaxViews(),), True),
+    Golden(SpatialLayout(), "temporal_layer", temporal_layer, CLIPS, (QUERY, OUT), (RelaxViews(), ALL_KERNELS)),
+    Golden(SpatialLayout(), "attention_of_a_library", temporal_layer, CLIPS, (QUERY, OUT), (RelaxViews(),), True),
+]
 
 SQUARES = (noise(6, 6, seed=5), noise(6, 6, seed=6))
 MIDDLE = (Cut("middle", "exp", "middle"),)

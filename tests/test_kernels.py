@@ -1,0 +1,330 @@
+"""Kernels beside their references: under Triton's interpreter, on fake tensors, in graphs, and without Triton.
+
+The interpreter must be asked for before Triton is imported the first time, and torch may import it anywhere. So what it
+runs is in ``interpreted_kernels.py``, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from fmecompile.capture.export import capture
+from fmecompile.errors import OptionError
+from fmecompile.graph.invariants import check
+from fmecompile.graph.program import compute_nodes
+from fmecompile.kernels import blend, geglu, group_norm, registry, temporal_attention
+from fmecompile.kernels.blend import BLEND
+from fmecompile.kernels.geglu import GEGLU
+from fmecompile.kernels.group_norm import GROUP_NORM_APPLY, GROUP_NORM_MOMENTS
+from fmecompile.kernels.registry import KERNELS, why_not
+from fmecompile.kernels.temporal_attention import TEMPORAL_ATTENTION
+from fmecompile.passes.kernels import Kernels
+from fmecompile.passes.spatial_layout import SpatialLayout
+from fmecompile.pipeline import Compilation, finish, lower, normalise
+from fmecompile.runtime.executable import Executable
+from tests.models import animatediff_call, as_dtype, small_animatediff, small_svd, svd_call, twin
+
+HERE = Path(__file__).parent
+F64 = torch.float64
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+needs_triton = pytest.mark.skipif(registry.triton is None, reason="Triton is not installed; next: pip install triton")
+
+CALLS: dict[str, tuple[Any, ...]] = {
+    "group_norm_moments": (noise(2, 8, 3, 4, 5), 4),
+    "group_norm_apply": (noise(2, 8, 3, 5), noise(2, 2, 4), noise(8), noise(8), True),
+    "geglu": (noise(3, 4, 10), True),
+    "temporal_attention": (noise(2, 5, 3, 2, 4), noise(2, 6, 3, 2, 4), noise(2, 6, 3, 2, 4), 0.3),
+    "blend": (noise(2, 1, 1), noise(2, 3, 4), noise(2, 3, 4), noise(2, 3, 4)),
+}
+
+
+def test_every_kernel_is_called_here() -> None:
+    assert CALLS.keys() == KERNELS.keys()
+
+
+@needs_triton
+def test_kernels_equal_their_references() -> None:
+    """The tests of ``interpreted_kernels.py``, where Triton interprets."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        str(HERE / "interpreted_kernels.py"),
+    ]
+    done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+class Recorder:
+    """Stands for a kernel: keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.args: tuple[Any, ...] = ()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._record
+
+    def _record(self, *args: Any) -> None:
+        self.args = args
+
+
+FUNCTIONS = {
+    "group_norm_moments": (group_norm, "_moments"),
+    "group_norm_apply": (group_norm, "_apply"),
+    "geglu": (geglu, "_kernel"),
+    "temporal_attention": (temporal_attention, "_kernel"),
+    "blend": (blend, "_kernel"),
+}
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", F64: "*fp64"}
+
+
+def types_of(function: Any, args: tuple[Any, ...]) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """What Triton compiles a kernel for when it is called with ``args``: types, and values that it takes as constant,
+    every 1 among them."""
+    constants: dict[Any, Any] = {}
+
+    def kind(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, torch.Tensor):
+            return POINTERS[value.dtype]
+        if isinstance(value, tuple):
+            return tuple(kind(item, (*path, k)) for k, item in enumerate(value))
+        if function.params[path[0]].is_constexpr or value == 1:
+            constants[path] = value
+            return "constexpr"
+        return "fp32" if isinstance(value, float) else "i32"
+
+    return {
+        name: kind(arg, (k,)) for k, (name, arg) in enumerate(zip(function.arg_names, args, strict=True))
+    }, constants
+
+
+@needs_triton
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_kernels_compile_for_a_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down to its machine code, with the types of a real call; the GPU need not be there."""
+    kernel, (module, attribute), args = KERNELS[name], FUNCTIONS[name], as_dtype(CALLS[name], dtype)
+    function, recorder = getattr(module, attribute), Recorder()
+    monkeypatch.setattr(module, attribute, recorder)
+    kernel.launch(kernel.empty(*args), *args)
+    signature, constants = types_of(function, recorder.args)
+    source = registry.triton.compiler.ASTSource(function, signature, constants)
+    target = import_module("triton.backends.compiler").GPUTarget("cuda", 80, 32)
+    assert registry.triton.compile(source, target=target).asm["cubin"]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_an_operator_is_what_torch_expects(name: str) -> None:
+    """Schema, fake tensors and what is aliased, checked by torch."""
+    kernel = KERNELS[name]
+    torch.library.opcheck(kernel.target, CALLS[name], test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.float16], ids=str)
+def test_fake_tensors_are_laid_out_as_real_ones(name: str, dtype: torch.dtype) -> None:
+    kernel, args = KERNELS[name], as_dtype(CALLS[name], dtype)
+    if name == "group_norm_apply" and dtype != F64:
+        args = (args[0], args[1].float(), *args[2:])
+    permuted = [a.mT.contiguous().mT if isinstance(a, torch.Tensor) and a.ndim > 1 else a for a in args]
+    for given in (args, permuted):
+        real = kernel.target(*given)
+        with FakeTensorMode() as mode:
+            fake = kernel.target(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given))
+        assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+BAD: list[tuple[Any, tuple[Any, ...], str]] = [
+    (GEGLU, (noise(4, 7),), "two halves"),
+    (GEGLU, (noise(),), "two halves"),
+    (BLEND, (noise(5), noise(2, 3, 4), noise(2, 3, 4)), "broadcast"),
+    (BLEND, (noise(4), noise(3, 4), noise(2, 3, 4)), "broadcast"),
+    (BLEND, (noise(4).float(), noise(3, 4), noise(3, 4)), "one type"),
+    (GROUP_NORM_MOMENTS, (noise(2, 8, 3), 3), "divides C"),
+    (GROUP_NORM_MOMENTS, (noise(2, 8), 2), "D1"),
+    (GROUP_NORM_MOMENTS, (noise(2, 8, 3), 0), "divides C"),
+    (GROUP_NORM_APPLY, (noise(3, 8, 4), noise(2, 2, 4)), "batch of N"),
+    (GROUP_NORM_APPLY, (noise(2, 8, 4), noise(2, 2, 3)), "divides C"),
+    (TEMPORAL_ATTENTION, (noise(2, 4, 3, 2, 5), noise(2, 4, 3, 1, 5), noise(2, 4, 3, 1, 5)), "differ in T"),
+    (TEMPORAL_ATTENTION, (noise(2, 4, 3, 2), noise(2, 4, 3, 2), noise(2, 4, 3, 2)), "(B, T, S, H, D)"),
+    (TEMPORAL_ATTENTION, (noise(1, 4, 3, 2, 5), noise(1, 4, 3, 2, 5).float(), noise(1, 4, 3, 2, 5)), "one type"),
+]
+
+
+@pytest.mark.parametrize(("target", "args", "words"), BAD)
+def test_bad_operands_are_refused(target: Any, args: tuple[Any, ...], words: str) -> None:
+    """Before memory is touched, and on fake tensors too."""
+    with pytest.raises(OptionError) as caught:
+        target(*args)
+    assert words in str(caught.value) and "next:" in str(caught.value)
+    with FakeTensorMode() as mode, pytest.raises(OptionError):
+        target(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+
+
+def test_cuda_without_triton_runs_references_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "triton", None)
+    registry._warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert not any(registry.is_launched(torch.device("cuda")) for _ in range(3))
+    assert len(seen) == 1 and "pip install triton" in str(seen[0].message)
+
+
+def test_a_cpu_runs_references_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "IS_INTERPRETED", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not registry.is_launched(torch.device("cpu"))
+    for triton in (None, object()):
+        monkeypatch.setattr(registry, "triton", triton)
+        assert why_not(torch.device("cpu"))
+    assert why_not(torch.device("cuda")) == ""
+
+
+# -------------------------------------------------------------------------------------------------- graphs with kernels
+
+
+def test_an_unknown_kernel_is_named() -> None:
+    with pytest.raises(OptionError, match="'flash'"):
+        Kernels(frozenset({"flash"}))
+
+
+UNETS = pytest.mark.parametrize(("build", "call"), [(small_svd, svd_call), (small_animatediff, animatediff_call)])
+
+
+@torch.no_grad()
+def normalised(module: nn.Module, args: Any) -> Compilation:
+    compilation = Compilation(capture(module, args, {}))
+    normalise(compilation)
+    return compilation
+
+
+def with_kernels(compilation: Compilation) -> Compilation:
+    for item in (Kernels(everywhere=True), SpatialLayout()):
+        item.apply(compilation.program, compilation.facts)
+    check(compilation.program)
+    return compilation
+
+
+@torch.no_grad()
+def run(compiled: Any, module: nn.Module, args: Any) -> torch.Tensor:
+    return tree_leaves(Executable(compiled, module)(tree_leaves(args)))[0]
+
+
+def calls(compilation: Compilation) -> Counter[str]:
+    return Counter(str(node.target) for node in compute_nodes(compilation.program.graph))
+
+
+def modules(model: nn.Module, *names: str) -> int:
+    """How many modules of ``model`` have one of these class names."""
+    return sum(type(module).__name__ in names for module in model.modules())
+
+
+def test_on_a_cpu_nothing_is_rewritten() -> None:
+    compilation = normalised(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()), (torch.randn(2, 8, 4),))
+    before = str(compilation.program.graph)
+    assert Kernels().apply(compilation.program, compilation.facts).startswith("no kernel: ")
+    assert str(compilation.program.graph) == before
+
+
+@UNETS
+def test_every_pattern_of_a_unet_becomes_a_kernel(build: Callable[[], nn.Module], call: Callable[..., Any]) -> None:
+    """Frames and tokens are so few that all attention is small, but that over the text."""
+    module = build()
+    compilation = with_kernels(normalised(module, call(2, 3, 8, 8, torch.float32)))
+    found = calls(compilation)
+    norms = modules(module, "GroupNorm")
+    assert found["fmecompile.group_norm_moments.default"] == found["fmecompile.group_norm_apply.default"] == norms
+    assert found["fmecompile.geglu.default"] == modules(module, "GEGLU")
+    assert found["fmecompile.blend.default"] == modules(module, "AlphaBlender")
+    assert found["fmecompile.temporal_attention.default"] > 0
+    assert not found["aten.gelu.default"]
+
+
+def swaps(compilation: Compilation) -> list[fx.Node]:
+    """Permutations of frames and tokens."""
+    nodes = compute_nodes(compilation.program.graph)
+    swap = torch.ops.aten.permute.default
+    return [node for node in nodes if node.target is swap and node.args[1] == [0, 2, 1, 3]]
+
+
+def test_permutations_around_temporal_layers_vanish() -> None:
+    module, args = small_svd(), svd_call(2, 3, 8, 8, torch.float32)
+    compilation = normalised(module, args)
+    layers = modules(module, "TemporalBasicTransformerBlock")
+    assert len(swaps(compilation)) == 2 * layers
+    Kernels(everywhere=True).apply(compilation.program, compilation.facts)
+    note = SpatialLayout().apply(compilation.program, compilation.facts)
+    assert note.startswith(f"{layers} temporal layers")
+    assert not swaps(compilation)
+
+
+@UNETS
+@torch.no_grad()
+def test_unets_of_references_are_exact(build: Callable[[], nn.Module], call: Callable[..., Any]) -> None:
+    """As graphs, and with loops over what the kernels keep."""
+    module, args = build().to(torch.float64), call(2, 5, 16, 24, torch.float64)
+    want = module(*args).sample
+    compilation = with_kernels(normalised(module, args))
+    whole = replace(compilation, program=compilation.program.copy())
+    assert relative(run(finish(whole), module, args), want) <= 1e-10
+    compiled, plan = lower(compilation)
+    assert relative(run(compiled, module, args), want) <= 1e-10
+    assert plan.trips > 1
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+@UNETS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_unets_of_references_are_as_good_as_eager(build: Any, call: Any, dtype: torch.dtype) -> None:
+    """Against float64 on the same rounded weights and inputs, at most 1.5 times eager's own error."""
+    module = build().to(dtype)
+    args = call(2, 3, 8, 16, dtype)
+    reference = twin(module, torch.float64)(*as_dtype(args, torch.float64)).sample
+    eager = (module(*args).sample.double() - reference).norm()
+    ours = run(finish(with_kernels(normalised(module, args))), module, args)
+    assert eager > 0
+    assert (ours.double() - reference).norm() <= 1.5 * eager
+
+
+@UNETS
+def test_kernels_do_not_raise_the_peak(build: Callable[[], nn.Module], call: Callable[..., Any]) -> None:
+    """Their rules let loops cut what they cut without kernels."""
+    module, args = build(), call(2, 5, 16, 24, torch.float32)
+    with torch.no_grad():
+        _, before = lower(normalised(module, args))
+        _, after = lower(with_kernels(normalised(module, args)))
+    assert not any("fmecompile." in barrier.operator and "no axis rule" in barrier.reason for barrier in after.barriers)
+    assert after.floor_bytes <= 1.03 * before.floor_bytes
+    assert after.projected_peak_bytes <= 1.03 * before.projected_peak_bytes
