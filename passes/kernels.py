@@ -149,9 +149,10 @@ def _sliced(part: Any) -> tuple[fx.Node, int, int] | None:
     if not isinstance(part, fx.Node) or part.target is not aten.slice.Tensor:
         return None
     args, _ = positional(part.target, part.args, part.kwargs)
-    x, dim, start, stop, step = (*args, *(None, 0, None, None, 1)[len(args) :])
-    size = tensor_spec(x).shape[dim]
-    if dim % len(tensor_spec(x).shape) != len(tensor_spec(x).shape) - 1 or step != 1:
+    given: tuple[Any, ...] = (*args, *(None, 0, None, None, 1)[len(args) :])
+    x, dim, start, stop, step = given
+    *outer, size = tensor_spec(x).shape
+    if dim not in (-1, len(outer)) or step != 1:
         return None
     return x, start or 0, size if stop is None else min(stop, size)
 

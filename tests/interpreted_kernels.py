@@ -114,8 +114,8 @@ def test_blend(data: st.DataObject) -> None:
 @st.composite
 def norms(draw: st.DrawFn, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
     groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    spatial = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
-    x = draw(layouts((draw(st.integers(1, 3)), groups * per_group, *spatial), dtype))
+    spatial = [*draw(st.lists(st.integers(1, 3), max_size=2)), draw(st.integers(1, 12))]
+    x = draw(layouts((draw(st.integers(1, 2)), groups * per_group, *spatial), dtype))
     return x * draw(st.sampled_from([1e-2, 1.0, 10.0])) + draw(st.sampled_from([0.0, 3.0])), groups
 
 
@@ -163,7 +163,7 @@ def test_temporal_attention(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(NARROW))
     frames = data.draw(st.integers(1, 64))
     keys = data.draw(st.sampled_from([frames, 1, 17]))
-    batch, tokens, heads = (data.draw(st.integers(1, 3)) for _ in range(3))
+    batch, tokens, heads = (data.draw(st.integers(1, 2)) for _ in range(3))
     width = data.draw(st.sampled_from([1, 5, 8, 16, 40, 64, 80, 128]))
     q, k, v = (
         data.draw(layouts((batch, n, tokens, heads, width), dtype, seed)) for seed, n in enumerate((frames, keys, keys))

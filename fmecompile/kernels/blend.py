@@ -1,5 +1,8 @@
 """The blend of a spatial and a temporal branch, with the temporal branch's residual added on the way."""
 
+# pyright: reportInvalidTypeForm=false
+# Without Triton its annotations are a stand-in.
+
 import torch
 
 from fmecompile.kernels.registry import jit, register, require, tl

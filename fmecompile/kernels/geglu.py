@@ -1,5 +1,8 @@
 """GEGLU: the halves of a projection to ``value * gelu(gate)``, without anything in between."""
 
+# pyright: reportInvalidTypeForm=false
+# Without Triton its annotations are a stand-in.
+
 import math
 
 import torch

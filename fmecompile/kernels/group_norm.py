@@ -4,6 +4,9 @@ What lies between them, joining the moments of all rows and chunks, is small and
 :func:`fmecompile.runtime.norms.group_norm_statistics`.
 """
 
+# pyright: reportInvalidTypeForm=false
+# Without Triton its annotations are a stand-in.
+
 import torch
 from torch.nn import functional as F
 

@@ -1,5 +1,8 @@
 """Addresses of elements in any layout: dimensions sorted and joined on the host, offsets computed in the kernel."""
 
+# pyright: reportInvalidTypeForm=false
+# Without Triton its annotations are a stand-in.
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,5 +1,8 @@
 """Attention over frames that reads the layout of the spatial layers by strides, so that nothing is permuted."""
 
+# pyright: reportInvalidTypeForm=false
+# Without Triton its annotations are a stand-in.
+
 from typing import Any
 
 import torch
@@ -28,8 +31,8 @@ def temporal_attention(
         OptionError: operands that differ in more than their number of frames, or in type.
     """
     batch, frames, tokens, heads, width = query.shape
-    flat = (t.permute(0, 2, 3, 1, 4).reshape(batch * tokens, heads, -1, width) for t in (query, key, value))
-    result = F.scaled_dot_product_attention(*flat, scale=scale)
+    q, k, v = (t.permute(0, 2, 3, 1, 4).reshape(batch * tokens, heads, -1, width) for t in (query, key, value))
+    result = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return result.reshape(batch, tokens, heads, frames, width).permute(0, 3, 1, 2, 4)
 
 
