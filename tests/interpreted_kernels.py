@@ -138,6 +138,7 @@ def test_apply(data: st.DataObject) -> None:
     statistics = group_norm_statistics(KERNELS["group_norm_moments"].reference(x, groups), EPS)
     weight, bias = (noise(x.shape[1], seed=k, dtype=dtype) if data.draw(st.booleans()) else None for k in (1, 2))
     check("group_norm_apply", x, statistics, weight, bias, data.draw(st.booleans()))
+    assert GROUP_NORM_APPLY(x, statistics, weight, bias).stride() == torch.empty_like(x).stride()
 
 
 @settings(some, max_examples=15)

@@ -289,7 +289,7 @@ def test_permutations_around_temporal_layers_vanish() -> None:
 @UNETS
 @torch.no_grad()
 def test_unets_of_references_are_exact(build: Callable[[], nn.Module], call: Callable[..., Any]) -> None:
-    """As graphs, and with loops over what the kernels keep."""
+    """As graphs, and with loops: kernels keep what loops cut without them, so the peak is no higher."""
     module, args = build().to(torch.float64), call(2, 5, 16, 24, torch.float64)
     want = module(*args).sample
     compilation = with_kernels(normalised(module, args))
@@ -297,7 +297,10 @@ def test_unets_of_references_are_exact(build: Callable[[], nn.Module], call: Cal
     assert relative(run(finish(whole), module, args), want) <= 1e-10
     compiled, plan = lower(compilation)
     assert relative(run(compiled, module, args), want) <= 1e-10
-    assert plan.trips > 1
+    assert not any("fmecompile." in barrier.operator and "no axis rule" in barrier.reason for barrier in plan.barriers)
+    _, without = lower(normalised(module, args))
+    assert plan.floor_bytes <= 1.03 * without.floor_bytes
+    assert plan.projected_peak_bytes <= 1.03 * without.projected_peak_bytes
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -316,15 +319,3 @@ def test_unets_of_references_are_as_good_as_eager(build: Any, call: Any, dtype: 
     ours = run(finish(with_kernels(normalised(module, args))), module, args)
     assert eager > 0
     assert (ours.double() - reference).norm() <= 1.5 * eager
-
-
-@UNETS
-def test_kernels_do_not_raise_the_peak(build: Callable[[], nn.Module], call: Callable[..., Any]) -> None:
-    """Their rules let loops cut what they cut without kernels."""
-    module, args = build(), call(2, 5, 16, 24, torch.float32)
-    with torch.no_grad():
-        _, before = lower(normalised(module, args))
-        _, after = lower(with_kernels(normalised(module, args)))
-    assert not any("fmecompile." in barrier.operator and "no axis rule" in barrier.reason for barrier in after.barriers)
-    assert after.floor_bytes <= 1.03 * before.floor_bytes
-    assert after.projected_peak_bytes <= 1.03 * before.projected_peak_bytes

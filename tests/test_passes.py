@@ -365,6 +365,12 @@ def temporal_layer(x: torch.Tensor, q: torch.Tensor, o: torch.Tensor) -> torch.T
     return h[None, :].reshape(2, 4, 3, 6).permute(0, 2, 1, 3).reshape(6, 4, 6)
 
 
+def layer_read_elsewhere(x: torch.Tensor) -> Any:
+    """A value in the layout of sequences is returned too, so moving the layer would make it twice."""
+    h = F.silu(x.reshape(2, 3, 4, 6).permute(0, 2, 1, 3).reshape(8, 3, 6))
+    return h, h.exp().reshape(2, 4, 3, 6).permute(0, 2, 1, 3).reshape(6, 4, 6)
+
+
 ALL_KERNELS = Kernels(everywhere=True)
 CLIPS = (noise(6, 4, 6),)
 GATE = (noise(10, 6, seed=1),)
@@ -382,10 +388,12 @@ CASES += [
     Golden(ALL_KERNELS, "gated_halves", gated, (noise(4, 6),), GATE, first=(RelaxViews(),)),
     Golden(ALL_KERNELS, "gated_the_other_way", gated_by_the_first_half, (noise(4, 6),), GATE, (RelaxViews(),), True),
     Golden(ALL_KERNELS, "blend_and_residual", blended, (noise(4, 1), noise(4, 6), noise(4, 6, seed=1))),
+    Golden(ALL_KERNELS, "blend_of_a_smaller_branch", blended, (noise(4, 1), noise(6), noise(4, 6, seed=1)), idle=True),
     Golden(ALL_KERNELS, "few_frames", temporal_attention, (noise(4, 3, 6),), (QUERY,)),
     Golden(ALL_KERNELS, "many_frames", temporal_attention, (noise(2, 65, 6),), (QUERY,), idle=True),
     Golden(Kernels(), "on_a_cpu", gated, (noise(4, 6),), GATE, (RelaxViews(),), True),
     Golden(SpatialLayout(), "temporal_layer", temporal_layer, CLIPS, (QUERY, OUT), (RelaxViews(), ALL_KERNELS)),
+    Golden(SpatialLayout(), "read_elsewhere", layer_read_elsewhere, CLIPS, first=(RelaxViews(),), idle=True),
     Golden(SpatialLayout(), "attention_of_a_library", temporal_layer, CLIPS, (QUERY, OUT), (RelaxViews(),), True),
 ]
 
