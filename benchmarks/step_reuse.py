@@ -2,7 +2,8 @@
 
 Work and bytes are those of the real models at real sizes, on fake tensors: products of convolutions, matrix products
 and attention over all steps, relative to the diffusers module at every step. Time is that of whole generations at a
-reduced size with reuse over those without, both optimized, interleaved: the median of the ratios.
+reduced size with reuse over those without, both optimized, and over eager's, interleaved: the medians of the ratios.
+``--sets`` lists the values that are worth keeping together instead, and measures how long it takes to find them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from benchmarks.cases import CASES, Case, animatediff, animatediff_inputs, fake,
 from benchmarks.latency import ANIMATEDIFF, SVD
 from benchmarks.report import save, table
 from fmecompile.analysis.cuts import Cuts
+from fmecompile.backends.offer import brief
 from fmecompile.capture.export import capture
 from fmecompile.graph import edit
 from fmecompile.graph.program import compute_nodes
@@ -41,6 +43,30 @@ REAL = (CASES[0], CASES[1], CASES[2])
 
 def work(program: Any) -> int:
     return sum(map(all_products, compute_nodes(program.graph)))
+
+
+def set_rows(case: Case) -> list[dict[str, Any]]:
+    """Every set of values that is worth keeping in one model, and how long it took to find them all."""
+    with fake(torch.float16):
+        compilation = Compilation(capture(case.build(), case.inputs(torch.float16), {}))
+        normalise(compilation)
+        cuts = Cuts(compilation.program)
+        single = cuts.best()
+        start = time.perf_counter()
+        listed = cuts.sets.listed
+        taken = time.perf_counter() - start
+    print(f"{case.name}: {taken:.2f} s; the best single value is {single.module}, {single.nbytes / MIB:.1f} MiB")
+    return [
+        {
+            "case": case.name,
+            "kept MiB": one.nbytes / MIB,
+            "saved": one.saved,
+            "values": len(one.values),
+            "results of": brief(one.modules),
+            "runs": brief(one.running),
+        }
+        for one in listed
+    ]
 
 
 def fake_rows(case: Case) -> list[dict[str, Any]]:
@@ -90,22 +116,23 @@ def generation(module: nn.Module, inputs: Any) -> float:
     return time.perf_counter() - start
 
 
-def timed_rows(name: str, module: nn.Module, inputs: Any, pairs: int) -> list[dict[str, Any]]:
-    """Interleave generations without and with reuse."""
+def timed_rows(name: str, module: nn.Module, inputs: Any, rounds: int) -> list[dict[str, Any]]:
+    """Interleave generations: eager, optimized without reuse, and with each policy."""
     plain = fmecompile.optimize(copy.deepcopy(module), strict=True)
     reusing = {p: fmecompile.optimize(copy.deepcopy(module), reuse=POLICIES[p], strict=True) for p in POLICIES}
-    for warm in (plain, *reusing.values()):
+    runners = {"eager": module, "plain": plain, **reusing}
+    for warm in runners.values():
         generation(warm, inputs)
-    ratios: dict[str, list[float]] = {policy: [] for policy in POLICIES}
-    seconds = []
-    for _ in range(pairs):
-        for policy, other in reusing.items():
-            seconds.append(generation(plain, inputs))
-            ratios[policy].append(generation(other, inputs) / seconds[-1])
-    base = {"case": name, "steps": STEPS, "without reuse s": statistics.median(seconds)}
-    return [
-        base | {"policy": p, "time": statistics.median(r), "least": min(r), "most": max(r)} for p, r in ratios.items()
-    ]
+    taken = [{key: generation(runner, inputs) for key, runner in runners.items()} for _ in range(rounds)]
+
+    def row(policy: str) -> dict[str, Any]:
+        ratios = [seconds[policy] / seconds["plain"] for seconds in taken]
+        eager = statistics.median(seconds[policy] / seconds["eager"] for seconds in taken)
+        spread = {"least": min(ratios), "most": max(ratios)}
+        return {"policy": policy, "time": statistics.median(ratios)} | spread | {"time over eager": eager}
+
+    base = {"case": name, "steps": STEPS, "without reuse s": statistics.median(s["plain"] for s in taken)}
+    return [base | row(policy) for policy in POLICIES]
 
 
 def timed() -> list[tuple[str, Callable[[], nn.Module], Any]]:
@@ -121,12 +148,16 @@ def timed() -> list[tuple[str, Callable[[], nn.Module], Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sets", action="store_true", help="only the sets of values that are worth keeping")
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.sets:
+        print(table([row for case in REAL for row in set_rows(case)]))
+        return
     kept = [row for case in REAL for row in fake_rows(case)]
     print(table(kept))
-    taken = [row for name, build, inputs in timed() for row in timed_rows(name, build(), inputs, options.pairs)]
+    taken = [row for name, build, inputs in timed() for row in timed_rows(name, build(), inputs, options.rounds)]
     print(table(taken))
     print(save("step_reuse", "python -m benchmarks.step_reuse", [*kept, *taken]))
 

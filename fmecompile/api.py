@@ -22,6 +22,7 @@ from fmecompile.explain import Explanation, PipelineExplanation
 from fmecompile.graph.plan import Plan
 from fmecompile.graph.printing import readable
 from fmecompile.pipeline import Compilation, Observe, finish
+from fmecompile.reuse.every_step import EveryStep
 from fmecompile.reuse.policy import Policy
 from fmecompile.runtime.dispatch import Dispatcher, find, plain_forward
 from fmecompile.runtime.exclusion import EXCLUSION
@@ -53,7 +54,9 @@ def optimize(
     moment. The plan is the one with the fewest chunk trips that meets it; by default, one near the floor.
 
     ``reuse`` is a policy (``fmecompile.StepRehash(full_steps=13)`` and others): at some steps the denoiser takes values
-    from an earlier step, which is faster and not lossless. What is kept counts in the budget.
+    from an earlier step, which is faster and not lossless. What is kept counts in the budget; with ``store`` the policy
+    keeps it in a smaller dtype, or in host memory. Without a policy, a pipeline still computes once what is the same at
+    every step of a generation, which is lossless.
 
     ``spill`` says whether values may wait in host memory where no other plan meets the budget: by default where the
     device has a memory of its own. ``max_chunks`` bounds the chunk trips of every group.
@@ -97,9 +100,12 @@ def _policy(reuse: object, found: dict[str, nn.Module]) -> Policy | None:
 def _reusing(
     path: str, compiler: EagerCompiler, policy: Policy | None, target: object
 ) -> EagerCompiler | ReusingCompiler:
-    if policy is None or not is_denoiser(path):
+    """A pipeline's denoiser makes what is the same at every step only once; another module's caller may call it with
+    anything."""
+    has_sampler = is_pipeline(target)
+    if not is_denoiser(path) or (policy is None and not has_sampler):
         return compiler
-    return ReusingCompiler(compiler, policy, Timeline(target if is_pipeline(target) else None))
+    return ReusingCompiler(compiler, policy or EveryStep(), Timeline(target if has_sampler else None))
 
 
 def _wishes(spill: bool | None, max_chunks: int | None) -> Wishes:

@@ -6,7 +6,8 @@
 
 What only led to ``b`` is gone from the shallow graph. A residual (``source``) is kept as ``b - s`` and taken as
 ``s + r'``, so the source of this step enters; a forecast takes ``b'`` and its divided differences, and sums up a Taylor
-polynomial whose coefficients are inputs, so that one graph serves every distance.
+polynomial whose coefficients are inputs, so that one graph serves every distance. What is kept in a smaller dtype
+(``store``) is converted last and back first, and is the largest number of that dtype where it is beyond its range.
 
 A step that decides by a probe, here ``a``, is split in front of the decision; its head is part of every variant:
 
@@ -18,17 +19,19 @@ so a tail is two rewrites: first what is reused, then ``down`` as one more compo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.storages import storages
 from fmecompile.graph import edit
 from fmecompile.graph.program import Coefficient, Kept, Program, compute_nodes
-from fmecompile.graph.specs import TensorSpec, tensor_spec
+from fmecompile.graph.specs import TensorSpec, specs_in, tensor_spec
 from fmecompile.operators.contraction import products
 from fmecompile.runtime.measure import rounded_bytes
 
@@ -38,24 +41,25 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class Cut:
     """A value, by the name of its node, that may be taken from an earlier step; kept under ``name``, together with the
-    others of its ``component``. A residual is kept as its difference to ``source``."""
+    others of its ``component``. A residual is kept as its difference to ``source``. ``store`` is the dtype that it is
+    kept in, None for its own."""
 
     name: str
     value: str
     component: str
     source: str | None = None
+    store: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
 class StepReuse:
     """Turn a program into the variant that takes the components ``reused`` from an earlier step, and keeps those cuts
-    of the others that it still computes. ``order`` is that of the forecast, 0 for the value itself; ``store`` the dtype
-    that values are kept in, None for their own. ``is_head``: nothing else is returned, so nothing else is computed."""
+    of the others that it still computes. ``order`` is that of the forecast, 0 for the value itself. ``is_head``:
+    nothing else is returned, so nothing else is computed."""
 
     cuts: Sequence[Cut]
     reused: frozenset[str] = frozenset()
     order: int = 0
-    store: torch.dtype | None = None
     is_head: bool = False
 
     def apply(self, program: Program, facts: FactTable) -> str:
@@ -75,7 +79,8 @@ class StepReuse:
                 self._keep(program, cut, nodes, facts)
         edit.drop_unused(program)
         after = sum(map(products, compute_nodes(program.graph)))
-        return f"{len(self.reused)} values taken, {len(program.keeps)} kept, {1 - after / max(before, 1):.1%} less work"
+        less = f", {1 - after / before:.1%} less work" if before else ""
+        return f"{len(self.reused)} values taken, {len(program.keeps)} kept{less}"
 
     def _coefficients(self, program: Program, component: str) -> list[fx.Node]:
         spec = TensorSpec((), (), torch.float64, torch.device("cpu"))
@@ -97,26 +102,9 @@ class StepReuse:
         held = self._held_spec(cut, nodes, facts)
         orders = range(len(coefficients) + 1)
         kept = [edit.add_placeholder(program, f"kept_{_slug(cut.name, k)}", Kept(cut.name, k), held) for k in orders]
-        made = list(self._restored(value, nodes.get(cut.source or ""), kept, coefficients))
+        made = _restored(value, nodes.get(cut.source or ""), kept, coefficients)
         edit.annotate(made, facts)
         edit.replace_by(value, made[-1] if made else kept[0])
-
-    def _restored(
-        self, value: fx.Node, source: fx.Node | None, kept: list[fx.Node], coefficients: list[fx.Node]
-    ) -> Iterator[fx.Node]:
-        """Calls in front of ``value`` that make it of what was kept."""
-        anchor, now = value, kept[0]
-        for difference, coefficient in zip(kept[1:], coefficients, strict=True):
-            term = edit.insert_before(anchor, aten.mul.Tensor, (difference, coefficient), like=value)
-            yield term
-            now = edit.insert_before(anchor, aten.add.Tensor, (now, term), like=value)
-            yield now
-        dtype = tensor_spec(value).dtype
-        if self.store not in (None, dtype):
-            now = edit.insert_before(anchor, aten.to.dtype, (now, dtype), like=value)
-            yield now
-        if source is not None:
-            yield edit.insert_before(anchor, aten.add.Tensor, (source, now), like=value)
 
     def _keep(self, program: Program, cut: Cut, nodes: dict[str, fx.Node], facts: FactTable) -> None:
         edit.return_also(program, cut.name, self._kept(program, cut, nodes, facts))
@@ -125,11 +113,9 @@ class StepReuse:
         """The tensor that is kept of a cut: a storage of its own, no more than that tensor."""
         value = nodes[cut.value]
         made: list[fx.Node] = []
-        if cut.source is not None:
-            made.append(edit.insert_before(value.next, aten.sub.Tensor, (value, nodes[cut.source]), like=value))
-        if self.store not in (None, tensor_spec(value).dtype):
+        for target, others in _conversions(cut, tensor_spec(value).dtype, nodes):
             last = made[-1] if made else value
-            made.append(edit.insert_before(last.next, aten.to.dtype, (last, self.store), like=value))
+            made.append(edit.insert_before(last.next, target, (last, *others), like=value))
         if not made and _shares(value, program, facts):
             made.append(edit.insert_before(value.next, aten.clone.default, (value,), like=value))
         edit.annotate(made, facts)
@@ -137,15 +123,43 @@ class StepReuse:
 
     def _held_spec(self, cut: Cut, nodes: dict[str, fx.Node], facts: FactTable) -> TensorSpec:
         """The spec of what :meth:`_kept` makes."""
-        spec = tensor_spec(nodes[cut.value])
-        specs = [spec]
-        if cut.source is not None:
-            specs.append(facts(aten.sub.Tensor, (spec, tensor_spec(nodes[cut.source])), {}).result)
-        if self.store not in (None, spec.dtype):
-            specs.append(facts(aten.to.dtype, (specs[-1], self.store), {}).result)
-        if len(specs) == 1:
-            specs.append(facts(aten.clone.default, (spec,), {}).result)
-        return specs[-1]
+        held = spec = tensor_spec(nodes[cut.value])
+        for target, others in _conversions(cut, spec.dtype, nodes) or [(aten.clone.default, ())]:
+            held = facts(target, (held, *specs_in(others)), {}).result
+        return held
+
+
+def _conversions(cut: Cut, dtype: torch.dtype, nodes: dict[str, fx.Node]) -> list[tuple[OpOverload, tuple[Any, ...]]]:
+    """The calls that make what is kept of a value of ``dtype``, each on the last one's result and other operands."""
+    calls: list[tuple[OpOverload, tuple[Any, ...]]] = []
+    if cut.source is not None:
+        calls.append((aten.sub.Tensor, (nodes[cut.source],)))
+    if cut.store not in (None, dtype):
+        most = torch.finfo(cut.store).max
+        calls += [(aten.clamp.default, (-most, most)), (aten.to.dtype, (cut.store,))]
+    return calls
+
+
+def _restored(
+    value: fx.Node, source: fx.Node | None, kept: list[fx.Node], coefficients: list[fx.Node]
+) -> list[fx.Node]:
+    """Calls in front of ``value`` that make it of what was kept."""
+    made: list[fx.Node] = []
+
+    def call(target: OpOverload, *operands: Any) -> fx.Node:
+        made.append(edit.insert_before(value, target, operands, like=value))
+        return made[-1]
+
+    def wide(held: fx.Node) -> fx.Node:
+        dtype = tensor_spec(value).dtype
+        return held if tensor_spec(held).dtype == dtype else call(aten.to.dtype, held, dtype)
+
+    now = wide(kept[0])
+    for difference, coefficient in zip(kept[1:], coefficients, strict=True):
+        now = call(aten.add.Tensor, now, call(aten.mul.Tensor, wide(difference), coefficient))
+    if source is not None:
+        call(aten.add.Tensor, source, now)
+    return made
 
 
 def _shares(value: fx.Node, program: Program, facts: FactTable) -> bool:

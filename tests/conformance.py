@@ -69,21 +69,6 @@ class Tape:
         return Program(self.graph, [Input(i) for i in range(len(self.inputs))], tree, {})
 
 
-def copied(program: Program) -> Program:
-    """The same program anew: a rewrite consumes one. Equal graphs get equal atoms."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(program.graph, {}))
-    return Program(
-        graph,
-        list(program.bindings),
-        program.out_spec,
-        dict(program.literals),
-        program.constants,
-        program.keeps,
-        program.prologue,
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------- loops
 
 
@@ -115,7 +100,7 @@ def with_loops(program: Program, *groups: Looped) -> tuple[dict[str, ChunkLoop],
 
 def rewritten(program: Program, *groups: Looped) -> fx.GraphModule:
     """A copy of ``program`` with groups as chunk loops, ready to run."""
-    program = copied(program)
+    program = program.copy()
     loops, _ = with_loops(program, *groups)
     return module_of(program, loops)
 

@@ -283,6 +283,7 @@ def test_a_pipeline_is_calibrated_and_left_as_it_was() -> None:
     assert len(fmecompile.explain(pipe.unet).records[0].reuse.plans) == 2
 
 
+@pytest.mark.slow
 def test_what_was_optimized_stays_optimized() -> None:
     model = small_svd().double()
     fmecompile.optimize(model, reuse=fmecompile.DeepCache(interval=2), memory_budget="64MiB", strict=True)

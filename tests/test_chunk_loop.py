@@ -16,7 +16,6 @@ from conformance import (
     Tape,
     assert_chunks_equal,
     assert_same,
-    copied,
     module_of,
     region_of,
     tensors_of,
@@ -47,7 +46,7 @@ def atoms_of(program: Program, node: fx.Node) -> tuple[tuple[int, ...], ...]:
 
 def loop_of(program: Program, looped: Looped) -> tuple[ChunkLoop, fx.GraphModule]:
     """The one loop of ``program`` rewritten, and the module around it."""
-    program = copied(program)
+    program = program.copy()
     loops, _ = with_loops(program, looped)
     (loop,) = loops.values()
     return loop, module_of(program, loops)
@@ -266,7 +265,7 @@ def test_trips_write_every_row_once(case: tuple[Program, tuple[Looped, ...]]) ->
     program, groups = case
     if not groups:
         return
-    loops, _ = with_loops(copied(program), *groups)
+    loops, _ = with_loops(program.copy(), *groups)
     for loop in loops.values():
         for k, output in enumerate(loop.spec.outputs):
             written = torch.zeros(output.slicing.shape or output.shape)
@@ -439,7 +438,7 @@ def test_bodies_of_equal_structure_are_one_module() -> None:
     program = tape.program(h)
     nest = atoms_of(program, h)[0]
     groups = (Looped(0, 2, nest, 2), Looped(2, 4, nest, 2))
-    loops, _ = with_loops(copied(program), *groups)
+    loops, _ = with_loops(program.copy(), *groups)
     first, second = loops.values()
     assert first.bodies[0] is second.bodies[0]
     assert_chunks_equal(program, [groups])

@@ -87,7 +87,7 @@ def test_the_page_shows_both_timelines_of_every_model(quick: Run) -> None:
 def test_progress_goes_to_stderr_in_plain_lines(quick: Run) -> None:
     lines = quick.result.stderr.splitlines()
     for row in quick.rows:
-        assert [line.split("] ", 1)[1] for line in lines if f" {row.model}: " in line] == [
+        assert [line.split("] ", 1)[1] for line in lines if line.startswith("[") and f" {row.model}: " in line] == [
             f"{row.model}: {phase}" for phase in row.phases_s
         ]
 

@@ -14,7 +14,6 @@ from conformance import (
     Looped,
     Tape,
     assert_chunks_equal,
-    copied,
     region_of,
     valid_nests,
     with_loops,
@@ -167,7 +166,7 @@ class Built:
 
 
 def built(program: Program, looped: Looped) -> Built:
-    program = copied(program)
+    program = program.copy()
     roots = Partitioner(program, FACTS).storages.roots
     loops, groups = with_loops(program, looped)
     (loop,), (group,) = loops.values(), groups.values()
@@ -392,6 +391,6 @@ def test_chains_in_loops_with_halos_equal_chains_whole(data: st.DataObject) -> N
     assert_chunks_equal(program, [groups])
     for looped in groups:
         check_structure(built(program, looped))
-    rewritten = copied(program)
+    rewritten = program.copy()
     loops, made = with_loops(rewritten, *groups)
     assert measured_peak_bytes(rewritten, dict(loops)) <= project(rewritten, made, FACTS).peak_bytes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -11,8 +13,15 @@ import fmecompile
 from benchmarks.cases import CASES, GIB, Case, fake
 from fmecompile.graph.specs import spec_of
 
+ALIKE = {"SVD-XT, 25 frames, 576x1024", "AnimateDiff, 16 frames, 576x1024", "SVD in 0.45 GiB, 14 frames, 576x1024"}
+"""Cases that differ from another one in size alone; every one is in ``python -m benchmarks.memory``."""
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+def marked(case: Case) -> Any:
+    return pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name in ALIKE else [])
+
+
+@pytest.mark.parametrize("case", map(marked, CASES))
 def test_real_models_hold_what_the_plan_says(case: Case) -> None:
     with fake(torch.float16):
         module, inputs = case.build(), case.inputs(torch.float16)

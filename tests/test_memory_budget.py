@@ -252,9 +252,9 @@ def test_shared_weights_count_once() -> None:
 def test_a_copied_pipeline_counts_its_own_components() -> None:
     pipe = fmecompile.optimize(pipelines.animatediff(), memory_budget="1GiB")
     twin = copy.deepcopy(pipe)
-    budget = twin.unet.forward._compiler.budget
-    assert budget.whole() is twin
-    assert budget.amount == 2**30
+    for budget in (twin.unet.forward._compiler.eager.budget, twin.vae.decoder.forward._compiler.budget):
+        assert budget.whole() is twin
+        assert budget.amount == 2**30
 
 
 def test_the_whole_clip_gives_way_to_the_budget() -> None:

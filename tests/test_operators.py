@@ -21,7 +21,6 @@ from conformance import (
     check_chunks,
     check_poison,
     check_rule,
-    copied,
     loops_over,
     region_of,
     with_loops,
@@ -735,7 +734,7 @@ def test_chains_in_loops_equal_chains_whole(case: tuple[Any, Any]) -> None:
     if not groups:
         return
     assert_chunks_equal(program, [groups])
-    rewritten = copied(program)
+    rewritten = program.copy()
     loops, built = with_loops(rewritten, *groups)
     assert measured_peak_bytes(rewritten, dict(loops)) <= project(rewritten, built, FACTS).peak_bytes
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import FACTS, Tape, assert_same, copied, is_valid, module_of, region_of
+from conformance import FACTS, Tape, assert_same, is_valid, module_of, region_of
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -424,7 +424,7 @@ def kept_before(golden: Golden, program: Program, case: Case) -> dict[tuple[str,
     """What a full step on the same inputs keeps, and differences of zero."""
     if not isinstance(golden.item, StepReuse) or not golden.item.reused:
         return {}
-    full = copied(program)
+    full = program.copy()
     StepReuse(golden.item.cuts).apply(full, FACTS)
     values = run(full, case, golden.inputs, everything=True)[-len(full.keeps) :]
     kept = {(name, 0): value for name, value in zip(full.keeps, values, strict=True)}
@@ -467,7 +467,7 @@ def run(
 
     torch.manual_seed(0)
     with torch.no_grad():
-        values = list(module_of(copied(program), loops)(*map(operand, program.bindings)))
+        values = list(module_of(program.copy(), loops)(*map(operand, program.bindings)))
     return values if everything else values[: len(values) - len(program.keeps)]
 
 
@@ -650,7 +650,7 @@ def test_a_stage_with_a_literal_runs() -> None:
     case = Case(lambda x: x * torch.tensor([2.0, 3.0], dtype=torch.float64)[0])
     program = captured(case, (noise(4, 6),))
     want = run(program, case, (noise(4, 6),))
-    assert_same([Executable(finish(Compilation(copied(program))), case)([noise(4, 6)])], want)
+    assert_same([Executable(finish(Compilation(program.copy())), case)([noise(4, 6)])], want)
 
 
 def test_a_copy_of_an_expanded_input_sinks() -> None:

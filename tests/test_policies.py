@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,6 +58,7 @@ from fmecompile.reuse import (
     variants,
 )
 from fmecompile.reuse.mag_cache import resample
+from fmecompile.reuse.policy import STORES
 from fmecompile.reuse.step_rehash import spread
 
 COUNTS = (1, 2, 8, 25, 50)
@@ -552,6 +554,17 @@ def test_what_is_needed_before_step_0() -> None:
     FasterCache().check(Steps(9), has_guidance=None)
 
 
+def test_timesteps_are_needed_by_those_alone_who_look_at_them() -> None:
+    assert PyramidAttention().needs_times and not PyramidAttention(scale="progress").needs_times
+    assert PyramidAttention(scale="progress", mode="forecast", clock="sigma").needs_times
+    assert not DeepCache(clock="sigma").needs_times and DeepCache(mode="forecast", clock="sigma").needs_times
+
+
+def test_a_store_is_told_by_its_name_or_its_dtype() -> None:
+    assert DeepCache(store=torch.float16) == DeepCache(store="float16") != DeepCache()
+    assert {DeepCache(store=name).store for name in STORES} == set(STORES)
+
+
 def run_unknown(policy: Policy) -> Any:
     if policy.kind == "static":
         assert isinstance(policy, StaticPolicy)
@@ -573,6 +586,8 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: DeepCache(cut=()), "cut"),
     (lambda: DeepCache(mode="fast"), "mode"),  # pyright: ignore[reportArgumentType]
     (lambda: DeepCache(order=0), "order"),
+    (lambda: DeepCache(store="disk"), "store"),
+    (lambda: DeepCache(store=16), "store"),
     (lambda: DeepCache(guards=3), "guards"),  # pyright: ignore[reportArgumentType]
     (lambda: DeepCache(mode="forecast", clock="sigma").plan(Steps(4)), "sigma"),
     (lambda: DeepCache(mode="forecast", clock="timestep").plan(Steps(3, (9, 9, 4))), "share"),

@@ -19,9 +19,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import fmecompile
+from fmecompile.backends import reusing as reusing_backend
+from fmecompile.backends.budgeted import within_budget
+from fmecompile.passes.prologue import Prologue as SplitPrologue
+from fmecompile.reuse import Broadcast, Policy, Steps
 from fmecompile.runtime.dispatch import find
 from fmecompile.runtime.executable import Executable
-from fmecompile.runtime.generation import Timeline
+from fmecompile.runtime.generation import Timeline, _Mark
 from fmecompile.runtime.measure import ROUNDING_BYTES
 from tests import pipelines
 from tests.pipelines import TOLERANCE, frames, relative
@@ -75,6 +79,21 @@ def watched() -> Iterator[list[str]]:
         yield bits
 
 
+@contextmanager
+def prologues() -> Iterator[list[int]]:
+    """How many values each prologue makes that runs meanwhile."""
+    made: list[int] = []
+    run = Executable.run
+
+    def spy(self: Executable, *args: Any) -> Any:
+        if self.keeps and all(name.startswith("prologue") for name in self.keeps):
+            made.append(len(self.keeps))
+        return run(self, *args)
+
+    with mock.patch.object(Executable, "run", spy):
+        yield made
+
+
 def steps_of(pipe: Any, **call: Any) -> str:
     """Which steps of one generation are full."""
     with watched() as bits:
@@ -96,8 +115,13 @@ def test_full_steps_alone_give_the_frames_of_the_optimized_pipeline(build: Calla
     assert len(reuse_of(fast.unet)[0].plans) == 1
 
 
-@pytest.mark.parametrize("policy", [EVERY_SECOND, fmecompile.StepRehash(full_steps=3)], ids=["deep-cache", "rehash"])
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(
+    ("build", "policy"),
+    [
+        pytest.param(pipelines.svd, fmecompile.StepRehash(full_steps=3), id="svd-rehash"),
+        pytest.param(pipelines.animatediff, EVERY_SECOND, id="animatediff-deep-cache"),
+    ],
+)
 def test_reuse_is_the_same_in_every_generation(build: Callable[[], Any], policy: Any) -> None:
     plain = build()
     exact, fast = latents(plain), reusing(plain, policy)
@@ -127,6 +151,28 @@ def test_two_programs_serve_fifty_steps(build: Callable[[], Any]) -> None:
     assert all(path in str(fmecompile.explain(fast)) for path in ("unet", "StepRehash", "step that reuses"))
 
 
+@pytest.mark.parametrize("build", BUILDS)
+def test_without_a_policy_what_all_steps_share_is_made_once(
+    build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a pipeline; a module alone may be called with anything."""
+    monkeypatch.setattr(reusing_backend, "SplitPrologue", functools.partial(SplitPrologue, share=1.0))  # they are small
+    plain = build()
+    want = latents(plain)
+    fast = fmecompile.optimize(copy.deepcopy(plain), strict=True)
+    for _ in range(2):
+        with prologues() as made:
+            assert relative(latents(fast), want) < TOLERANCE
+        assert len(made) == 1 and made[0] > 0
+        assert kept_bytes(fast.unet) == 0
+    assert "made once" in str(fmecompile.explain(fast))
+    alone = copy.deepcopy(plain)
+    fmecompile.optimize(alone.unet, strict=True)
+    with prologues() as made:
+        latents(alone)
+    assert not made and reuse_of(alone.unet) == [None]
+
+
 # ------------------------------------------------------------------------------------------------- calls that differ
 
 CHANGES = {
@@ -147,7 +193,9 @@ def assert_as_in_a_fresh_pipeline(plain: Any, **call: Any) -> None:
     assert torch.equal(latents(reusing(plain), **call), differing)
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change", [pytest.param("other-size", marks=pytest.mark.slow), *sorted(CHANGES.keys() - {"other-size"})]
+)
 def test_a_call_that_differs_is_as_in_a_fresh_pipeline(change: str) -> None:
     assert_as_in_a_fresh_pipeline(pipelines.animatediff(), **CHANGES[change])
 
@@ -257,6 +305,69 @@ def test_other_pipelines(build: Callable[[], Any]) -> None:
         first = latents(fast)
     assert "".join(bits) == "101010"
     assert torch.equal(latents(fast), first)
+
+
+# ------------------------------------------------------------------------------------------------- times of the steps
+
+
+def spatial(window: tuple[float, float]) -> fmecompile.reuse.PyramidAttention:
+    """Spatial attention at every second step within a window of timesteps."""
+    return fmecompile.reuse.PyramidAttention(spatial=Broadcast(2, window), temporal=None, cross=None)
+
+
+def planned(policy: Any, pipe: Any, timesteps: Any) -> str:
+    return fmecompile.reuse.to_bits(policy.plan(Steps(timesteps=tuple(timesteps.tolist()))))
+
+
+@pytest.mark.parametrize(
+    ("build", "window"), [(pipelines.svd, (-1.0, 1.5)), (pipelines.animatediff, (100.0, 800.0))], ids=["svd", "ddim"]
+)
+def test_windows_are_on_the_timesteps_of_the_sampler(build: Callable[[], Any], window: tuple[float, float]) -> None:
+    """In its own unit: logarithms of sigmas here, numbers up to 1000 there."""
+    policy = spatial(window)
+    fast = reusing(build(), policy)
+    bits = steps_of(fast, num_inference_steps=8)
+    assert bits == planned(policy, fast, fast.scheduler.timesteps)
+    assert "0" in bits and bits != ("10" * 8)[:8]
+    fast.enable_model_cpu_offload(device="cpu")
+    assert steps_of(fast, num_inference_steps=8) == bits
+    assert kept_bytes(fast.unet) == 0
+
+
+def test_windows_of_a_run_that_begins_in_the_middle() -> None:
+    policy = spatial((100.0, 800.0))
+    fast = reusing(pipelines.video_to_video(), policy)
+    for strength, count in ((1.0, 8), (0.6, 4)):
+        bits = steps_of(fast, strength=strength, num_inference_steps=8)
+        assert bits == planned(policy, fast, fast.scheduler.timesteps[8 - count :])
+
+
+@pytest.mark.parametrize("clock", [pytest.param("timestep", marks=pytest.mark.slow), "sigma"])
+def test_a_forecast_knows_the_times_of_its_steps(clock: Any) -> None:
+    """They are read once in a generation, and the weights of differences are those of the sampler's own list."""
+    policy = fmecompile.DeepCache(interval=2, mode="forecast", clock=clock)
+    fast = reusing(pipelines.svd(), policy)
+    with mock.patch.object(_Mark, "rest", autospec=True, side_effect=_Mark.rest) as read:
+        with mock.patch.object(type(policy), "coefficients", autospec=True, side_effect=Policy.coefficients) as asked:
+            latents(fast)
+        assert read.call_count == 1
+    sampler = fast.scheduler
+    for call in asked.call_args_list:
+        _, steps, *_ = call.args
+        assert steps == Steps(STEPS, tuple(sampler.timesteps.tolist()), tuple(sampler.sigmas.tolist()))
+    assert asked.call_count == 3
+    assert relative(latents(fast), latents(reusing(pipelines.svd(), POLICIES["forecast"]))) > 1e-6
+
+
+def test_sigmas_of_a_sampler_without_any_are_asked_for() -> None:
+    policy = fmecompile.DeepCache(interval=2, mode="forecast", clock="sigma")
+    with pytest.raises(fmecompile.OptionError, match="sigmas of this run are not known"):
+        latents(reusing(pipelines.animatediff(), policy))
+
+
+def test_times_are_not_read_for_those_who_do_not_ask(animatediff: Any) -> None:
+    with mock.patch.object(_Mark, "rest", side_effect=AssertionError):
+        assert steps_of(animatediff) == "101010"
 
 
 # ------------------------------------------------------------------------------------------- what happens in between
@@ -566,9 +677,11 @@ def test_a_budget_without_room_for_it_is_refused_at_the_first_step(unet: nn.Modu
     floors, kept = needs(kind)
     budget = at_rest(unet, inputs) + max(floors.values()) + kept // 2
     fmecompile.optimize(unet, reuse=POLICIES[kind], memory_budget=budget)
-    for _ in range(2):
-        with torch.no_grad(), pytest.raises(fmecompile.BudgetInfeasible, match="kept for later steps") as caught:
-            unet(timestep=torch.linspace(900, 20, STEPS)[0], **inputs)
+    with mock.patch("fmecompile.backends.reusing.within_budget", side_effect=within_budget) as searched:
+        for _ in range(2):
+            with torch.no_grad(), pytest.raises(fmecompile.BudgetInfeasible, match="kept for later steps") as caught:
+                unet(timestep=torch.linspace(900, 20, STEPS)[0], **inputs)
+    assert searched.call_count == (2 if kind == "residual" else 1)  # a full step holds what a forecast needs
     fmecompile.optimize(unet, reuse=POLICIES[kind], strict=True, memory_budget=caught.value.floor_bytes)
     measured(unet, inputs)
 

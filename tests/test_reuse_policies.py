@@ -264,7 +264,10 @@ def test_every_policy_runs(build: Callable[[], nn.Module], call: Callable[..., A
     assert compiler(model).timeline.kept_bytes() == 0
     assert set(kept.plans) == {*decisions, *([HEAD] if policy.kind == "probe" else [])}
     assert kept.runs[0] == kept.runs[1]
-    assert f"latest run, 1 for a full step: {reuse.to_bits(decisions)}" in str(fmecompile.explain(model))
+    full = f"latest run, 1 for a full step: {reuse.to_bits(decisions)}, {decisions.count(FULL)} of {STEPS}"
+    changes = [told.change for told in taken if told.change is not None]
+    told = f"; changes from {min(changes):.3g} to {max(changes):.3g} were measured" if changes else "\n"
+    assert bool(changes) == (policy.kind != "static") and full + told in f"{fmecompile.explain(model)}\n"
 
 
 NEVER = {

@@ -179,6 +179,18 @@ def test_cuts_that_match_nothing_are_refused_with_near_names() -> None:
         cuts.named("deep_feature:99")
 
 
+def test_what_no_clip_reaches_is_no_cut() -> None:
+    """All steps share it; a pattern that matches more than that stands for the rest."""
+    cuts = Cuts(normalised(small_svd(), svd_call(1, 3, 8, 8, torch.float32)).program)
+    both, moving = "up_blocks.1.attentions.0.t*", {node.name for node in cuts.moving}
+    assert "up_blocks.1.attentions.0.time_pos_embed" in {
+        v.module for v in cuts.results_of(both) if v.value not in moving
+    }
+    assert {value.value for value in cuts.named(both)} <= moving
+    with pytest.raises(fmecompile.OptionError, match="changes with the clip: add_embedding"):
+        cuts.named("add_embedding.*")
+
+
 # ------------------------------------------------------------------------------------------------------ a sampler's run
 
 

@@ -16,7 +16,6 @@ from conformance import (
     Tape,
     assert_chunks_equal,
     assert_same,
-    copied,
     module_of,
     region_of,
     tensors_of,
@@ -271,7 +270,7 @@ def two_norms() -> Program:
 
 def test_a_value_that_is_made_twice_is_equal() -> None:
     program = two_norms()
-    want = module_of(copied(program))(*tensors_of(program))
+    want = module_of(program.copy())(*tensors_of(program))
     names = [chain.moments.name for chain in recomputable(program, FACTS)]
     assert len(names) == 2
     for some in ([names[0]], [names[1]], names, names[::-1]):
@@ -526,11 +525,11 @@ def test_chains_within_a_limit_equal_chains_without() -> None:
     @given(waiting(), st.sampled_from([0.95, 0.8, 0.6]), st.sampled_from([True, True, False]))
     def one(program: Program, share: float, may_spill: bool) -> None:
         tensors = tensors_of(program)
-        want = module_of(copied(program))(*tensors)
-        _, default = compile_program(Compilation(copied(program)))
+        want = module_of(program.copy())(*tensors)
+        _, default = compile_program(Compilation(program.copy()))
         limits = Limits(int(default.projected_peak_bytes * share), may_spill)
         try:
-            compiled, plan = compile_program(Compilation(copied(program)), limits=limits)
+            compiled, plan = compile_program(Compilation(program.copy()), limits=limits)
         except fmecompile.BudgetInfeasible as error:
             assert error.floor_bytes > error.allowed_bytes == limits.activation_bytes
             outcomes.append("refused")
@@ -569,13 +568,13 @@ def test_chains_with_values_in_host_memory_equal_chains_without() -> None:
     def one(data: st.DataObject) -> None:
         program = data.draw(chains())
         tensors = tensors_of(program)
-        want = module_of(copied(program))(*tensors)
+        want = module_of(program.copy())(*tensors)
         for _ in range(data.draw(st.integers(1, 3))):
             cut = data.draw(waits_in(program))
             if cut is not None:
                 Spill((cut,)).apply(program, FACTS)
                 check(program)
-        assert_same(module_of(copied(program))(*tensors), want)
+        assert_same(module_of(program.copy())(*tensors), want)
         region = region_of(program)
         first = data.draw(loops_in(region))
         if first is None:
@@ -583,7 +582,7 @@ def test_chains_with_values_in_host_memory_equal_chains_without() -> None:
         second = data.draw(loops_in(region, first.stop)) if first.stop < len(region.nodes) else None
         groups = (first,) if second is None else (first, second)
         assert_chunks_equal(program, [groups])
-        looped = copied(program)
+        looped = program.copy()
         loops, made = with_loops(looped, *groups)
         assert measured_peak_bytes(looped, dict(loops)) <= project(looped, made, FACTS).peak_bytes
         moved = [p for p, node in enumerate(region.nodes) if node.target in (to_host, to_device)]

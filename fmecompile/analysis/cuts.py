@@ -12,6 +12,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 import networkx as nx
 import torch
@@ -19,6 +20,7 @@ from torch import fx
 
 from fmecompile.analysis.axes import GraphAxes, propagate
 from fmecompile.analysis.blocks import Block, before, behind, block_stack, is_large
+from fmecompile.analysis.cut_sets import CutSets, limit_of
 from fmecompile.analysis.mixing import Mixing, called_in, clip_atoms, clips, mixes, mixing
 from fmecompile.errors import OptionError
 from fmecompile.graph.program import Input, Program, compute_nodes
@@ -29,6 +31,7 @@ aten = torch.ops.aten
 _END = "end"
 SYMBOLS = (
     "auto",
+    "auto:BYTES",
     "last_up_temporal",
     "deep_feature",
     "block_stack",
@@ -61,6 +64,9 @@ class Cuts:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.nodes = compute_nodes(program.graph)
+        self.products = {node: all_products(node) for node in self.nodes}
+        self.work = sum(self.products.values())
+        self.paths = {node: tuple(called_in(node)) for node in self.nodes}
         self.place = {node: place for place, node in enumerate(program.graph.nodes)}
         self.axes: GraphAxes = propagate(program.graph)
         self.mixing: Mixing = mixing(program, self.axes)
@@ -74,7 +80,7 @@ class Cuts:
 
     def _savings(self) -> dict[fx.Node, int]:
         """Products that are not computed where a value is cut."""
-        found = {node: all_products(node) for node in self.nodes}
+        found = dict(self.products)
         for node in self.nodes:
             above = self._above.get(node)
             if isinstance(above, fx.Node):
@@ -88,10 +94,10 @@ class Cuts:
             yield above
             above = self._above.get(above)
 
-    @property
-    def work(self) -> int:
-        """Products of a whole call."""
-        return sum(map(all_products, self.nodes))
+    @cached_property
+    def sets(self) -> CutSets:
+        """The sets of values that are worth keeping together."""
+        return CutSets(self)
 
     def alive(self, cut: Mapping[str, str | None]) -> set[fx.Node]:
         """What a step runs and reads that takes the values ``cut`` (names of nodes), each with its source if any."""
@@ -107,13 +113,18 @@ class Cuts:
             waiting += node.all_input_nodes if node not in taken else [self._by_name[source]] if source else []
         return found
 
-    def named(self, name: str | Sequence[str], mode: str = "feature") -> list[CutValue]:
+    def named(
+        self, name: str | Sequence[str], mode: str = "feature", copies: int = 1, *, or_unreached: bool = False
+    ) -> list[CutValue]:
         """The values that symbolic names of a policy stand for, or patterns of module paths; in mode ``residual`` with
-        their sources. Values that nothing reads once the others are cut are left out.
+        their sources. Values that no clip reaches are left out (``or_unreached``: unless there are no others), and so
+        are those that nothing reads once the others are cut. Where a name sets a limit of bytes, ``copies`` of each
+        value fit in it.
 
         Raises OptionError where there are none, with near names, and where such a step would repeat the last one.
         """
-        found = [value for each in ([name] if isinstance(name, str) else name) for value in self.found(each)]
+        names = [name] if isinstance(name, str) else name
+        found = [value for each in names for value in self._reached(each, copies, or_unreached)]
         if mode == "residual":
             found = [self._with_source(value) for value in found]
         else:
@@ -126,11 +137,26 @@ class Cuts:
             )
         return list({value.value: value for value in found if self._by_name[value.value] in alive}.values())
 
-    def found(self, name: str) -> list[CutValue]:
+    def _reached(self, name: str, copies: int, or_unreached: bool) -> list[CutValue]:
+        """The values of one name that a clip reaches. Where it reaches none of them, all, or OptionError."""
+        found = self.found(name, copies)
+        reached = [value for value in found if self._by_name[value.value] in self.moving]
+        if or_unreached and not reached:
+            return found
+        if found and not reached:
+            raise OptionError(
+                f"{name!r} is made of nothing that changes with the clip: {found[0].module or found[0].value}",
+                next_step="name a module that the clip goes through",
+            )
+        return reached
+
+    def found(self, name: str, copies: int = 1) -> list[CutValue]:
         """The values of one name; a source is set where the name says what it is."""
         kind = name.partition(":")[0]
         if kind == "auto":
-            return [self.best()]
+            limit_bytes = limit_of(name)
+            found = self.sets.automatic(self.best()) if limit_bytes is None else self.sets.within(limit_bytes, copies)
+            return list(found.values)
         if kind == "last_up_temporal":
             return [self.last_up_temporal()]
         if kind == "deep_feature":
@@ -156,7 +182,7 @@ class Cuts:
     def saved_by(self, values: Iterable[CutValue]) -> float:
         """The share of all work that is saved by a step that takes all of ``values``."""
         running = self.running({value.value: value.source for value in values})
-        return 1 - sum(map(all_products, running)) / max(self.work, 1)
+        return 1 - sum(self.products[node] for node in running) / max(self.work, 1)
 
     def running(self, cut: Mapping[str, str | None]) -> set[fx.Node]:
         """The calls among :meth:`alive`."""
@@ -225,7 +251,7 @@ class Cuts:
 
     def offered(self) -> list[CutValue]:
         """Results of modules whose cut saves work and leaves the clip a way to the output; the most saved first."""
-        found = [self.cut_value(node, module) for node, module in self._results()]
+        found = [self.cut_value(node, module) for node, module in self.results]
         return sorted((cut for cut in found if cut.saved), key=lambda cut: (-cut.saved, cut.nbytes))
 
     def best(self, limit_bytes: int | None = None, share: float = 0.01) -> CutValue:
@@ -292,22 +318,26 @@ class Cuts:
                     found[result.name] = self.cut_value(result, path)
         return list(found.values())
 
-    def _results(self) -> Iterator[tuple[fx.Node, str]]:
+    @cached_property
+    def results(self) -> list[tuple[fx.Node, str]]:
         """Large results of modules, each with the outermost module that returns it."""
+        return list(self._results())
+
+    def _results(self) -> Iterator[tuple[fx.Node, str]]:
         for node in self.nodes:
             if node in self._fatal or not is_large(node):
                 continue
-            module = next((path for path in called_in(node) if self._leaves(node, path)), None)
+            module = next((path for path in self.paths[node] if self._leaves(node, path)), None)
             if module is not None and not any(module.startswith(t + ".") for t in self.mixing.temporal):
                 yield node, module
 
     def _leaving(self, path: str) -> Iterator[fx.Node]:
         for node in self.nodes:
-            if path in called_in(node) and self._leaves(node, path) and is_large(node):
+            if path in self.paths[node] and self._leaves(node, path) and is_large(node):
                 yield node
 
     def _leaves(self, node: fx.Node, path: str) -> bool:
-        return any(path not in called_in(user) for user in node.users)
+        return any(path not in self.paths.get(user, ()) for user in node.users)
 
     def cut_value(self, node: fx.Node, module: str) -> CutValue:
         """A node as a value on offer; ``module`` is the path that stands for it."""

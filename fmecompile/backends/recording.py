@@ -139,13 +139,11 @@ def _named(asked: Asked, cuts: Cuts) -> list[CutValue]:
         names = [asked.cut] if isinstance(asked.cut, str) else asked.cut
         return [value for name in names for value in Probes(cuts).named(name)]
     try:
-        found = cuts.named(asked.cut, asked.mode)
+        return cuts.named(asked.cut, asked.mode, or_unreached=True)  # beside others they would dilute the means
     except OptionError:
         if asked.is_optional:
             return []
         raise
-    moving = {node.name for node in cuts.moving}
-    return [value for value in found if value.value in moving] or found  # what no clip reaches would dilute the means
 
 
 def _saved(cuts: tuple[Cut, ...], work: int, compilation: Compilation) -> float:

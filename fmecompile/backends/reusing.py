@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,11 +19,13 @@ from fmecompile.analysis.cuts import CutValue
 from fmecompile.backends.budgeted import within_budget
 from fmecompile.backends.choice import Choice
 from fmecompile.backends.eager import EagerCompiler
+from fmecompile.backends.offer import Offer
 from fmecompile.budget import Allowance
 from fmecompile.capture.example import Example
 from fmecompile.capture.export import capture
 from fmecompile.capture.families import SCALAR_INPUTS
 from fmecompile.capture.shell import Shell
+from fmecompile.errors import BudgetInfeasible
 from fmecompile.graph.plan import Plan
 from fmecompile.graph.program import Input, Program
 from fmecompile.graph.specs import node_spec
@@ -30,13 +33,13 @@ from fmecompile.partition.tradeoffs import Limits
 from fmecompile.passes.prologue import Prologue as SplitPrologue
 from fmecompile.passes.prologue import kept_bytes
 from fmecompile.pipeline import Compilation, Record, lower_within, normalise
-from fmecompile.reuse.policy import Policy
+from fmecompile.reuse.policy import HOST, Policy
 from fmecompile.reuse.steps import FULL, UNCOND, Decision, Steps, to_bits
 from fmecompile.runtime.executable import Compiled, Executable
 from fmecompile.runtime.generation import Timeline
 from fmecompile.runtime.guidance import halved
 from fmecompile.runtime.prologue import Prologue
-from fmecompile.runtime.reusing import HEAD, Reusing, Runs, new_runs
+from fmecompile.runtime.reusing import HEAD, Reusing, Runs, Taken, new_runs
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,12 @@ class ReuseRecord:
     """What is reused in one signature: the policy in words, the values, those that are measured, the plan of each kind
     of step so far (``HEAD`` for what runs before a policy decides), and what the steps of the latest runs did.
     ``order`` is that of the forecast, ``gap_bytes`` what the halves of guidance differ by, ``shared_bytes`` what all
-    steps share and one of them makes."""
+    steps share and one of them makes. ``store`` is as which, or where, the values are kept, and their bytes are those
+    that they have so. ``offer`` is what could be reused instead."""
 
     policy: str
     values: tuple[CutValue, ...]
+    offer: Offer
     plans: dict[Decision, Plan]
     notes: dict[Decision, str]
     watched: tuple[CutValue, ...] = ()
@@ -56,28 +61,50 @@ class ReuseRecord:
     runs: Runs = field(default_factory=new_runs)
     allowances: dict[Decision, Allowance] = field(default_factory=dict)
     shared_bytes: int = 0
+    store: str | None = None
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the values that are kept between steps."""
-        values = sum(v.nbytes * (self.order + 1) for v in self.values)
+        """Bytes on the device of what is kept between steps."""
+        values = 0 if self.store == HOST else self._value_bytes
         return values + sum(v.nbytes for v in self.watched) + self.gap_bytes
 
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory in which values wait for the step that takes them."""
+        return self._value_bytes if self.store == HOST else 0
+
+    @property
+    def _value_bytes(self) -> int:
+        return sum(v.nbytes for v in self.values) * (self.order + 1)
+
     def __str__(self) -> str:
+        if not self.values:
+            return f"{self.policy}; {self.shared_bytes / 2**20:.2f} MiB are made once and serve all steps"
         lines = [f"{self.policy}; {len(self.plans)} programs so far"]
+        how = {None: "", HOST: " in host memory"}.get(self.store, f" as {self.store}")
         for value in self.values[:4]:
-            lines.append(f"  {value.module}: {value.nbytes / 2**20:.1f} MiB kept, {value.saved:.1%} of the work saved")
+            kept = f"{value.nbytes / 2**20:.1f} MiB kept{how}"
+            lines.append(f"  {value.module}: {kept}, {value.saved:.1%} of the work saved")
         lines += [f"  and {len(self.values) - 4} more"] if len(self.values) > 4 else []
+        lines += [f"  together {self.offer.chosen.saved:.1%} of the work saved"] if len(self.values) > 1 else []
+        lines += [f"  {line}" for line in str(self.offer).splitlines()]
         lines += [f"  {self.shared_bytes / 2**20:.2f} MiB are the same at every step"] if self.shared_bytes else []
         lines += [f"  measured: {', '.join(v.module or v.value for v in self.watched)}"] if self.watched else []
         for decision, plan in self.plans.items():
             peak = f"{plan.projected_peak_bytes / 2**20:.1f} MiB projected"
             lines.append(f"  {_kind(decision)}: {peak}; {self.notes[decision]}")
             lines += [f"    {self.allowances[decision]}"] if decision in self.allowances else []
-        lines += [
-            f"  latest run, 1 for a full step: {to_bits(t.decision for t in run)}" for run in list(self.runs)[-1:]
-        ]
+        lines += [f"  latest run, 1 for a full step: {_run(run)}" for run in list(self.runs)[-1:]]
         return "\n".join(lines)
+
+
+def _run(taken: Sequence[Taken]) -> str:
+    """What the steps of a run did, and between which figures the changes lie that it was decided by."""
+    full = sum(t.decision == FULL for t in taken)
+    changes = [t.change for t in taken if t.change is not None and math.isfinite(t.change)]
+    measured = f"; changes from {min(changes):.3g} to {max(changes):.3g} were measured" if changes else ""
+    return f"{to_bits(t.decision for t in taken)}, {full} of {len(taken)}{measured}"
 
 
 def _kind(decision: Decision) -> str:
@@ -96,7 +123,7 @@ class ReusingCompiler:
 
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Reusing, Record]:
+    ) -> tuple[Reusing | Executable, Record]:
         if self.policy.calibration is not None:
             self.policy.calibration.require_model(module)
         with self.eager.observed(module) as (observe, notes):
@@ -112,7 +139,11 @@ class ReusingCompiler:
             variants = _Variants(self, shell, whole, half)
             for decision in (HEAD, FULL) if whole.choice.crossing else (FULL,):
                 variants.make(decision, observe)
+            if not whole.choice.cuts and variants.prologue is None:
+                return variants.alone(notes)
         plan = max(variants.record.plans.values(), key=lambda plan: plan.projected_peak_bytes)
+        if not whole.choice.cuts:  # what is shared lives all along, and nobody adds what a policy keeps
+            plan = plan.beside(variants.record.shared_bytes)
         record = Record(plan, whole.example, tuple(notes), variants.allowance, variants.record)
         runs = variants.record.runs
         return Reusing(self.policy, variants, self.timeline, timestep, whole.conditioning, runs), record
@@ -168,14 +199,24 @@ class _Variants:
         self._compiler, self._shell, self._whole, self._half = compiler, shell, whole, half
         self._lock = threading.RLock()
         self._made: dict[tuple[Decision, int], Executable] = {}
+        self._refused: dict[tuple[Decision, int], BudgetInfeasible] = {}
         self._renewed: dict[Decision, frozenset[str]] = {}
         choice = whole.choice
         self.components, self.frames, self.batch = choice.components, choice.frames, whole.batch
         self.probes = tuple(cut.name for cut in choice.probes)
-        policy = compiler.policy.describe()
+        policy = compiler.policy
         self.prologue, shared = self._made_once()
         self.record = ReuseRecord(
-            policy, choice.values, {}, {}, choice.watched, choice.order, choice.gap_bytes, shared_bytes=shared
+            policy.describe(),
+            choice.values,
+            choice.offer,
+            {},
+            {},
+            choice.watched,
+            choice.order,
+            choice.gap_bytes,
+            shared_bytes=shared,
+            store=policy.store,
         )
         self.allowance: Any = None
 
@@ -193,11 +234,14 @@ class _Variants:
 
     def __call__(self, decision: Decision, elsewhere_bytes: int = 0) -> Executable:
         """The program of a step that reuses ``decision``, or the head of every step, while other branches keep
-        ``elsewhere_bytes``, or more."""
+        ``elsewhere_bytes``, or more. Raises BudgetInfeasible, at once where the same was refused before."""
         least = elsewhere_bytes if self._compiler.eager.budget is not None else 0
         with self._lock:
             fitting = (made for (kind, most), made in self._made.items() if kind == decision and most >= least)
-            return next(fitting, None) or self.make(decision, None, least)
+            found, refused = next(fitting, None), self._refused.get((decision, least))
+            if found is None and refused is not None:
+                raise refused.detached()
+            return found or self.make(decision, None, least)
 
     def renewed(self, decision: Decision) -> frozenset[str]:
         """The cuts whose value such a step computes; another may be dead because a later one is reused."""
@@ -212,19 +256,29 @@ class _Variants:
         captured = self._captured(decision)
         program, note = captured.variant(decision - {UNCOND})
         compilation = replace(captured.compilation, program=program, notes=[])
-        compilation.done("step-reuse", note, observe)
+        if captured.choice.cuts:
+            compilation.done("step-reuse", note, observe)
         held = captured.choice.held_bytes(program) + self.record.shared_bytes + elsewhere_bytes
         make = partial(self._lower, compilation, observe)
         eager = self._compiler.eager
-        compiled, plan, allowance = within_budget(
-            self._shell, captured.inputs(), eager.budget, eager.wishes, make, held
-        )
+        try:
+            compiled, plan, allowance = within_budget(
+                self._shell, captured.inputs(), eager.budget, eager.wishes, make, held
+            )
+        except BudgetInfeasible as error:
+            self._refused[decision, elsewhere_bytes] = error.detached()
+            raise
         self.allowance = self.allowance or allowance
         if allowance is not None:
             self.record.allowances[decision] = allowance
         self.record.plans[decision], self.record.notes[decision] = plan, note
         made = self._made[decision, elsewhere_bytes] = Executable(compiled, self._shell.module)
         return made
+
+    def alone(self, notes: Sequence[tuple[str, str]]) -> tuple[Executable, Record]:
+        """The full step, where nothing is shared."""
+        plan, example = self.record.plans[FULL], self._whole.example
+        return self(FULL), Record(plan, example, tuple(notes), self.allowance)
 
     def _lower(self, compilation: Compilation, observe: Any, limits: Limits) -> tuple[Compiled, Plan]:
         return lower_within(compilation, self._compiler.eager.saved, limits, observe)

@@ -6,7 +6,7 @@ Three words for bytes: *allowed* (what the search was given) >= *projected* (wha
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,11 @@ class Plan:
     def trips(self) -> int:
         """Chunk trips of one call of the whole program."""
         return sum(group.trips for group in self.groups)
+
+    def beside(self, nbytes: int) -> Plan:
+        """The same while so many bytes more are held."""
+        more = {"projected_peak_bytes", "allowed_bytes", "floor_bytes"}
+        return replace(self, **{name: getattr(self, name) + nbytes for name in more})
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)

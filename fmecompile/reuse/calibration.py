@@ -141,6 +141,12 @@ def _mean_row(rows: Iterable[Row]) -> Row:
     return tuple(math.fsum(column) / len(column) for column in zip(*rows, strict=True))
 
 
+def neighbours(similarity: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The least and the greatest similarity of two steps that follow one another, of two steps or more."""
+    found = [row[i + 1] for i, row in enumerate(similarity[:-1])]
+    return min(found), max(found)
+
+
 @dataclass(frozen=True)
 class CutRecord:
     """One cut: what it is, what reuse of it saves, and its traces by branch, in the order the sampler calls them.
@@ -230,10 +236,10 @@ class Calibration:
         key = self.key
         lines = [f"{key.model} ({key.config}), {key.sampler or 'sampler not known'}, {key.steps} steps, {key.dtype}"]
         for name, record in zip(self.cuts, self.records, strict=True):
-            neighbours = [row[i + 1] for i, row in enumerate(record.trace.similarity[:-1])]
+            least, most = neighbours(record.trace.similarity)
             lines.append(
                 f"  {name}: {record.nbytes / 2**20:.1f} MiB, {record.saved:.1%} of the work saved, "
-                f"similarity of neighbours {min(neighbours):.4f} to {max(neighbours):.4f}, "
+                f"similarity of neighbours {least:.4f} to {most:.4f}, "
                 f"{len(record.branches)} branches"
             )
         return "\n".join(lines)

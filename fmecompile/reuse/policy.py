@@ -15,7 +15,9 @@ What is reused has symbolic names that whoever builds the graphs resolves to val
 ``last_up_temporal`` (the temporal layer's output in the last up block), ``deep_feature:B`` (what meets the skip
 connection of branch B, 0 being the outermost), ``block_stack:F:B`` (the stack of blocks without its first F and last
 B; ``block_stack`` is all of it), ``block_residuals`` (what each part of a block adds, before it is added),
-``spatial_attention``, ``temporal_attention``, ``cross_attention``, ``attention`` (all of them), ``auto``.
+``spatial_attention``, ``temporal_attention``, ``cross_attention``, ``attention`` (all of them), ``auto`` (the value
+that saves most, or several where they save clearly more and keep no more), ``auto:200MiB`` (the values that together
+save most within so many bytes, for each branch of guidance that is called alone; all that a forecast keeps counts).
 Probes: ``head_residual:F`` (out minus in of the first F blocks),
 ``modulated_input`` (the first block's normalised and modulated input), ``time_embedding``.
 """
@@ -45,6 +47,10 @@ Cut = str | tuple[str, ...]
 MODES: tuple[Mode, ...] = ("feature", "residual", "forecast")
 CLOCKS: tuple[Clock, ...] = ("step", "timestep", "sigma")
 
+HOST = "host"
+STORES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", HOST)
+"""As which, or where, values may be kept between steps."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
@@ -55,6 +61,11 @@ class Policy(ABC):
     has an ``order`` from 1 to 4, a ``form`` (forecast.py) and a ``clock``, the axis along which steps are spaced; other
     modes don't look at these. ``guards`` limit what the policy wants. ``calibration`` says what model and how many
     steps it was measured on, where it was; it refuses others.
+
+    ``store`` says how values are kept: None as they are; a dtype smaller than theirs, or its name (``"float16"``),
+    rounded to it, and where they are beyond its range its largest number; ``"host"`` as they are, in host memory until
+    a step takes them. A forecast takes its differences between values as they are stored, and stores them alike: in few
+    bits they are rounding for the most part.
     """
 
     cut: Cut = "auto"
@@ -64,6 +75,7 @@ class Policy(ABC):
     clock: Clock = "step"
     guards: Guards = PLAIN
     calibration: CalibrationKey | None = None
+    store: Any = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cut", names("cut", self.cut))
@@ -71,6 +83,9 @@ class Policy(ABC):
         one_of("form", self.form, FORMS)
         one_of("clock", self.clock, CLOCKS)
         whole("order", self.order, 1, 4)
+        if self.store is not None:
+            object.__setattr__(self, "store", str(self.store).removeprefix("torch."))
+            one_of("store", self.store, STORES)
         if not isinstance(self.guards, Guards):
             raise OptionError(f"guards={self.guards!r} are none", next_step="give guards=Guards(warm_up=2, tail=1)")
 
@@ -85,9 +100,19 @@ class Policy(ABC):
         return self.kind == "static" or self.guards.tail > 0
 
     @property
+    def needs_times(self) -> bool:
+        """Timesteps or sigmas must be known before step 0; where they lie on a device, it is waited for then."""
+        return self.mode == "forecast" and self.clock != "step"
+
+    @property
     def needs_guidance(self) -> bool:
         """It works on the two halves of classifier-free guidance, so both must be there."""
         return False
+
+    @property
+    def alike(self) -> tuple[float, float] | None:
+        """The least and the greatest similarity of what is reused between neighbouring steps; None: not known."""
+        return None
 
     def factors(self, steps: Steps, step: int) -> tuple[float, float]:
         """For a step that leaves out the unconditional branch: what the low and the high frequencies of the difference

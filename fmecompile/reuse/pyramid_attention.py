@@ -56,6 +56,10 @@ class PyramidAttention(SchedulePolicy):
         if isinstance(self.cut, str) or len(self.cut) != len(COMPONENTS):
             raise OptionError(f"cut={self.cut!r} is not three cuts", next_step="give (spatial, temporal, cross)")
 
+    @property
+    def needs_times(self) -> bool:
+        return super().needs_times or self.scale == "timestep"
+
     def _broadcasts(self) -> dict[str, Broadcast]:
         return {name: given for name in COMPONENTS if (given := getattr(self, name)) is not None}
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from fmecompile.errors import OptionError
-from fmecompile.reuse.calibration import Calibration
+from fmecompile.reuse.calibration import Calibration, neighbours
 from fmecompile.reuse.options import number, numbers, whole
 from fmecompile.reuse.policy import Cut, SchedulePolicy
 from fmecompile.reuse.steps import FULL, REUSE, Decision, Steps
@@ -106,6 +106,10 @@ class StepRehash(SchedulePolicy):
             threshold = 1 - max_error
         fixed = {"cut": record.cut, "calibration": calibration.key}
         return cls.from_similarity(matrix, full_steps=full_steps, threshold=threshold, **options | fixed)
+
+    @property
+    def alike(self) -> tuple[float, float] | None:
+        return neighbours(self.similarity) if self.similarity is not None and len(self.similarity) > 1 else None
 
     def wanted(self, steps: Steps) -> Sequence[Decision]:
         count = steps.known_count("StepRehash")

@@ -4,7 +4,7 @@ A sampler calls the denoiser at a row of timesteps, with guidance perhaps twice 
 belong to one **step**. A timestep that is a view of the sampler's list is told by its place there, and the list tells
 the number of steps; so is a copy of one, where the sampler is known. Another one is told by its value, where that can
 be read without the device. A **generation** ends where the list is another one or is begun anew, where values turn
-back, or where ``generation(steps=...)`` says so.
+back, or where ``generation(steps=...)`` says so. The numbers in the list are read for those alone who ask for them.
 
 Calls of one step are told apart by what they are called with: a **branch** is called with the same tensors at each
 step, or where none are the same, in the same order. A branch that is left out at a step begins anew afterwards.
@@ -24,6 +24,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fmecompile.errors import OptionError
+from fmecompile.reuse.steps import Steps
 
 Anchor = tuple["weakref.ref[torch.UntypedStorage]", Any, int]
 
@@ -100,10 +101,13 @@ def anchored(leaves: Sequence[torch.Tensor]) -> tuple[Anchor, ...]:
 @dataclass(eq=False)
 class Generation:
     """One run of a sampler. ``count`` is its number of steps, None where that is not known; ``is_told``: its steps come
-    from the sampler's list or were declared, so that each call's is certain."""
+    from the sampler's list or were declared, so that each call's is certain. ``first`` is the timestep of step 0, and
+    ``timed`` what was read of the others, once that was asked for."""
 
     count: int | None
     is_told: bool = False
+    first: _Mark | None = None
+    timed: Steps | None = None
     step: int = 0
     branches: weakref.WeakKeyDictionary[object, list[Branch]] = field(default_factory=weakref.WeakKeyDictionary)
 
@@ -136,6 +140,7 @@ class Generation:
 class _Mark:
     """A timestep as far as it can be told: its value; of one in a list, its place and the list's length."""
 
+    item: torch.Tensor
     value: float | None
     storage: Any
     offset: int
@@ -150,7 +155,18 @@ class _Mark:
         value = float(timestep.flatten()[0]) if readable else None
         length = storage.nbytes() // timestep.itemsize if is_single else 1
         is_item = timestep.dim() == 0 and timestep._base is not None and timestep._base.dim() == 1  # of a list of one
-        return cls(value, storage, int(timestep.storage_offset()), length, length > 1 or is_item)
+        return cls(timestep, value, storage, int(timestep.storage_offset()), length, length > 1 or is_item)
+
+    def is_of(self, listed: torch.Tensor) -> bool:
+        """It lies in ``listed``."""
+        return self.is_listed and self.storage._cdata == listed.untyped_storage()._cdata
+
+    def rest(self) -> tuple[float, ...] | None:
+        """The numbers of its list from here on; waits for the device that they lie on. None where it has no list, and
+        where that has no numbers, being fake."""
+        if not self.is_listed or isinstance(self.item, FakeTensor):
+            return None
+        return tuple(self.item.as_strided((self.length - self.offset,), (1,), self.offset).tolist())
 
     def same_list(self, other: _Mark) -> bool:
         return self.is_listed and other.is_listed and self.storage._cdata == other.storage._cdata
@@ -183,7 +199,18 @@ def _sampler_mark(pipeline: Any, mark: _Mark) -> _Mark | None:
     if place is None:
         return None
     offset = int(listed.storage_offset())
-    return _Mark(mark.value, listed.untyped_storage(), offset + place, offset + listed.numel(), True)
+    return _Mark(listed, mark.value, listed.untyped_storage(), offset + place, offset + listed.numel(), True)
+
+
+def _sigmas(pipeline: Any, first: _Mark) -> tuple[float, ...] | None:
+    """The sampler's sigmas from the timestep ``first`` on, with the one that it ends at; None where it has none."""
+    sampler = getattr(pipeline, "scheduler", None)
+    listed, sigmas = getattr(sampler, "timesteps", None), getattr(sampler, "sigmas", None)
+    if not isinstance(listed, torch.Tensor) or not isinstance(sigmas, torch.Tensor) or not first.is_of(listed):
+        return None
+    if sigmas.dim() != 1 or sigmas.numel() - listed.numel() not in (0, 1) or isinstance(sigmas, FakeTensor):
+        return None
+    return tuple(sigmas[first.offset - int(listed.storage_offset()) :].tolist())
 
 
 def _index(values: list[float], value: float) -> int | None:
@@ -213,6 +240,19 @@ class Timeline:
         if mark is not None and pipeline is not None and not mark.is_listed and _DECLARED.get() is None:
             mark = _sampler_mark(pipeline, mark) or mark
         return track.at(mark)
+
+    def steps(self, generation: Generation, *, with_times: bool) -> Steps:
+        """What is known of the steps of ``generation``; ``with_times``: timesteps and sigmas too, where the sampler's
+        list tells them, which are read once and waited for where they lie on a device."""
+        if not with_times or generation.first is None:
+            return Steps(generation.count)
+        if generation.timed is None:
+            times = generation.first.rest()
+            is_whole = times is not None and len(times) == generation.count
+            pipeline = None if self._pipeline is None else self._pipeline()
+            sigmas = _sigmas(pipeline, generation.first) if is_whole else None
+            generation.timed = Steps(generation.count, times if is_whole else None, sigmas)
+        return generation.timed
 
     def _tracks(self) -> list[_Track]:
         with self._lock:
@@ -263,7 +303,7 @@ class _Track:
             listed = mark.length - mark.offset
         count = declared.steps if declared is not None and declared.steps is not None else listed
         is_told = declared is not None or (mark is not None and mark.is_listed)
-        self.generation = Generation(count, is_told)
+        self.generation = Generation(count, is_told, mark)
         self.declared, self.last, self.direction = declared, mark, 0.0
         return self.generation
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fmecompile.reuse.policy import FeedbackPolicy, FeedbackRun, Policy, ProbePolicy, ProbeRun, StaticPolicy
+from fmecompile.reuse.policy import HOST, FeedbackPolicy, FeedbackRun, Policy, ProbePolicy, ProbeRun, StaticPolicy
 from fmecompile.reuse.steps import FULL, UNCOND, Decision, Steps
 from fmecompile.runtime.change import Frames, changes, motion
 from fmecompile.runtime.executable import Executable, Keep
@@ -19,6 +19,7 @@ from fmecompile.runtime.generation import Branch, Generation, Timeline
 from fmecompile.runtime.guidance import Gap, conditional, halved
 from fmecompile.runtime.prologue import Prologue
 from fmecompile.runtime.signature import fake_mode_of
+from fmecompile.runtime.store import Store
 
 HEAD: Decision = frozenset({"(head)"})
 """No decision but what runs before one: it computes the probe, and all that the probe is made of."""
@@ -71,15 +72,15 @@ def new_runs() -> Runs:
 
 @dataclass(eq=False)
 class Kept:
-    """What one branch knows of its earlier steps. ``values`` are D_0 .. D_order of each cut (D_0 alone without a
-    forecast), ``computed`` the steps that computed it, ``measured`` the values that the next ones are compared with.
-    A static policy has a ``plan``, another one a ``run``. ``gaps`` lie between the halves of guidance, one for each
-    result; once a step left the unconditional half out, ``values`` are of the other one (``is_halved``)."""
+    """What one branch knows of its earlier steps. ``values`` are those of the cuts, ``computed`` the steps that made
+    each, ``measured`` the values that the next ones are compared with. A static policy has a ``plan``, another one a
+    ``run``. ``gaps`` lie between the halves of guidance, one for each result; once a step left the unconditional half
+    out, ``values`` are of the other one (``is_halved``)."""
 
     steps: Steps
+    values: Store
     plan: tuple[Decision, ...] | None = None
     run: ProbeRun | FeedbackRun | None = None
-    values: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     computed: dict[str, list[int]] = field(default_factory=dict)
     measured: tuple[torch.Tensor, ...] = ()
     taken: list[Taken] = field(default_factory=list)
@@ -89,12 +90,13 @@ class Kept:
     def halve(self) -> None:
         """Keep the conditional half alone."""
         if not self.is_halved:
-            self.values = {n: [conditional(d).clone() for d in held] for n, held in self.values.items()}
+            self.values.halve()
             self.is_halved = True
 
     def forget(self) -> None:
         """Let go of everything."""
-        self.values, self.measured, self.gaps = {}, (), ()
+        self.values.clear()
+        self.measured, self.gaps = (), ()
 
     def decide(self, step: int, change: float | None = None) -> Decision:
         """What ``step`` reuses; a step that calls twice is decided once. A run counts the steps of its branch."""
@@ -119,8 +121,8 @@ class Kept:
 
     @property
     def nbytes(self) -> int:
-        held = [tensor for values in self.values.values() for tensor in values]
-        return sum(tensor.nbytes for tensor in (*held, *self.measured, *self.gaps))
+        """Bytes on the device."""
+        return self.values.nbytes + sum(held.nbytes for held in (*self.measured, *self.gaps))
 
 
 class Reusing:
@@ -144,10 +146,10 @@ class Reusing:
         """Run the step that these leaves are of."""
         generation = self._timeline.at(None if self._timestep is None else leaves[self._timestep])
         branch = generation.branch(self, [leaves[i] for i in self._places])
-        if branch.state is None:
-            branch.state = self._begin(generation)
-            self._prepare(branch.state)
         try:
+            if branch.state is None:
+                branch.state = self._begin(generation)
+                self._prepare(branch.state)
             shared = self._shared(generation, branch, leaves)
             return self._run(leaves, branch, branch.state, shared)
         except BaseException:
@@ -160,15 +162,16 @@ class Reusing:
         return {} if prologue is None else prologue.values(generation, branch, leaves)
 
     def _begin(self, generation: Generation) -> Kept:
-        steps = Steps(generation.count)
         policy = self._policy
+        steps = self._timeline.steps(generation, with_times=policy.needs_times)
         policy.check(steps, self._variants.batch % 2 == 0)
+        store = Store(self._order, policy.store == HOST)
         if policy.kind == "static":
             assert isinstance(policy, StaticPolicy)
-            kept = Kept(steps, policy.plan(steps))
+            kept = Kept(steps, store, policy.plan(steps))
         else:
             assert isinstance(policy, (ProbePolicy, FeedbackPolicy))
-            kept = Kept(steps, run=policy.start(steps))
+            kept = Kept(steps, store, run=policy.start(steps))
         self._runs.append(kept.taken)
         return kept
 
@@ -191,16 +194,18 @@ class Reusing:
         program = self._variants(decision, elsewhere)
         if not self._order:
             for name in program.keeps:
-                kept.values.pop(name, None)
+                kept.values.drop(name)
         for name in {name for name, _ in operands} - program.takes:
             del operands[name, 0]
         reused = [name for component in decision - {UNCOND} for name in self._components[component]]
-        operands.update({(name, k): d for name in reused for k, d in enumerate(kept.values[name])})
+        taken = [name for name in reused if name in program.takes]
+        operands.update({(name, k): d for name in taken for k, d in enumerate(kept.values.take(name))})
         result, new = program.run(leaves, operands, self._coefficients(leaves, kept, decision, step))
         del operands
         if isinstance(kept.run, FeedbackRun) and decision == FULL:
             self._look_back(leaves, kept, tuple(new.pop(name) for name in self._variants.probes))
-        for name, value in new.items():
+        for name in list(new):
+            value = new.pop(name)
             is_whole = kept.is_halved and UNCOND not in decision
             self._keep(kept, name, conditional(value).clone() if is_whole else value, step)
         result = self._guided(kept, decision, result, step)
@@ -265,7 +270,7 @@ class Reusing:
         elif kept.plan is not None:
             for names in self._unread(kept.plan[step + 1 :]):
                 for name in names:
-                    kept.values.pop(name, None)
+                    kept.values.drop(name)
 
     def _unread(self, later: Sequence[Decision]) -> list[tuple[str, ...]]:
         return [names for component, names in self._components.items() if not self._is_read(component, names, later)]
@@ -293,15 +298,9 @@ class Reusing:
         return found
 
     def _keep(self, kept: Kept, name: str, value: torch.Tensor, step: int) -> None:
-        """Renew what is kept of a component; the differences take the place of those they are made of."""
+        """Renew what is kept of a cut."""
         steps = kept.computed.setdefault(name, [])
         if steps and steps[-1] == step:
             steps.pop()
         steps.append(step)
-        old = kept.values.get(name, ())
-        renewed = [value]
-        for scale, earlier in zip(self._policy.difference_scales(kept.steps, steps), old, strict=False):
-            renewed.append(earlier.neg_().add_(renewed[-1]).mul_(scale))
-        while len(renewed) <= self._order:
-            renewed.append(torch.zeros_like(value))
-        kept.values[name] = renewed
+        kept.values.renew(name, value, self._policy.difference_scales(kept.steps, steps))
