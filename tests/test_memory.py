@@ -13,8 +13,13 @@ import fmecompile
 from benchmarks.cases import CASES, GIB, Case, fake
 from fmecompile.graph.specs import spec_of
 
-ALIKE = {"SVD-XT, 25 frames, 576x1024", "AnimateDiff, 16 frames, 576x1024", "SVD in 0.45 GiB, 14 frames, 576x1024"}
-"""Cases that differ from another one in size alone; every one is in ``python -m benchmarks.memory``."""
+ALIKE = {
+    "SVD-XT, 25 frames, 576x1024",
+    "AnimateDiff, 16 frames, 576x1024",
+    "SVD in 0.6 GiB, 14 frames, 576x1024",
+    "SVD in 0.45 GiB, 14 frames, 576x1024",
+}
+"""Cases that differ from another one in size or budget alone; every one is in ``python -m benchmarks.memory``."""
 
 
 def marked(case: Case) -> Any:

@@ -52,7 +52,7 @@ class Choice:
     def of(cls, policy: Policy, program: Program, facts: FactTable) -> Choice:
         """Raises OptionError where a name stands for nothing, where nothing would be saved, and where values are as
         small as they would be stored."""
-        if not policy.cuts:
+        if policy.is_lossless:
             return cls((), (), NO_OFFER, order=0, batch=0)
         cuts = Cuts(program)
         probes = Probes(cuts)

@@ -79,7 +79,7 @@ class ReuseRecord:
         return sum(v.nbytes for v in self.values) * (self.order + 1)
 
     def __str__(self) -> str:
-        if not self.values:
+        if not self.values and not self.gap_bytes:
             return f"{self.policy}; {self.shared_bytes / 2**20:.2f} MiB are made once and serve all steps"
         lines = [f"{self.policy}; {len(self.plans)} programs so far"]
         how = {None: "", HOST: " in host memory"}.get(self.store, f" as {self.store}")
@@ -139,10 +139,10 @@ class ReusingCompiler:
             variants = _Variants(self, shell, whole, half)
             for decision in (HEAD, FULL) if whole.choice.crossing else (FULL,):
                 variants.make(decision, observe)
-            if not whole.choice.cuts and variants.prologue is None:
+            if self.policy.is_lossless and variants.prologue is None:
                 return variants.alone(notes)
         plan = max(variants.record.plans.values(), key=lambda plan: plan.projected_peak_bytes)
-        if not whole.choice.cuts:  # what is shared lives all along, and nobody adds what a policy keeps
+        if self.policy.is_lossless:  # what is shared lives all along, and nobody adds what a policy keeps
             plan = plan.beside(variants.record.shared_bytes)
         record = Record(plan, whole.example, tuple(notes), variants.allowance, variants.record)
         runs = variants.record.runs
@@ -256,7 +256,7 @@ class _Variants:
         captured = self._captured(decision)
         program, note = captured.variant(decision - {UNCOND})
         compilation = replace(captured.compilation, program=program, notes=[])
-        if captured.choice.cuts:
+        if not self._compiler.policy.is_lossless:
             compilation.done("step-reuse", note, observe)
         held = captured.choice.held_bytes(program) + self.record.shared_bytes + elsewhere_bytes
         make = partial(self._lower, compilation, observe)

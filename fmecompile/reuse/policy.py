@@ -121,6 +121,11 @@ class Policy(ABC):
         return (1.0, 1.0)
 
     @property
+    def is_lossless(self) -> bool:
+        """It reuses nothing but what is the same at every step."""
+        return not self.cuts and not self.needs_guidance
+
+    @property
     def cuts(self) -> Mapping[str, Cut]:
         """For each component that a decision can name, what is reused. ``UNCOND`` is a branch and not listed."""
         return {ALL: self.cut}
