@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from fmecompile.errors import OptionError
 
 
-def min_trip_bytes() -> int:
-    """The least working set of one chunk trip, in bytes: smaller chunks cost more in calls than they save. 0: no limit.
-
-    4 MiB by default; ``FMECOMPILE_MIN_TRIP_BYTES`` overrides it. Loops of real sizes work on tens of MiB a trip.
+def min_trip_bytes() -> int | None:
+    """The least working set of one chunk trip, in bytes, where ``FMECOMPILE_MIN_TRIP_BYTES`` says it: loops are then
+    chosen whatever time they take. None: time decides.
     """
-    text = os.environ.get("FMECOMPILE_MIN_TRIP_BYTES", str(4 << 20))
+    text = os.environ.get("FMECOMPILE_MIN_TRIP_BYTES")
+    if text is None:
+        return None
     if not text.isdecimal():
         raise OptionError(
             f"FMECOMPILE_MIN_TRIP_BYTES={text!r} is not a number of bytes", next_step="unset it, or give a whole number"
         )
     return int(text)
+
+
+def may_measure() -> bool:
+    """Whether the rates of devices are measured; ``FMECOMPILE_RATES=assumed`` plans alike on every machine."""
+    text = os.environ.get("FMECOMPILE_RATES", "measured")
+    if text not in ("measured", "assumed"):
+        raise OptionError(f"FMECOMPILE_RATES={text!r} is not understood", next_step="unset it, or give 'assumed'")
+    return text == "measured"
+
+
+def cache_folder() -> Path:
+    """Where what was measured is written down: ``FMECOMPILE_CACHE``, else the user's folder for caches."""
+    own = os.environ.get("FMECOMPILE_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmecompile"

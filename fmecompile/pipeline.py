@@ -218,6 +218,7 @@ def lower(
         recomputed=prepared.recomputed,
         spilled=prepared.spilled,
         joined=answer.joined,
+        whole_s=partitioner.region.whole_s,
         transfer=transfer(program, answer.groups, computed),
     )
     return finish(compilation), plan

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 # Small models have small chunks: without this the search would find nothing worth a loop in them.
 os.environ.setdefault("FMECOMPILE_MIN_TRIP_BYTES", "0")
+os.environ.setdefault("FMECOMPILE_RATES", "assumed")
 
 # Workers of one run share the cores.
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

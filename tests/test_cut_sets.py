@@ -27,6 +27,7 @@ from fmecompile.backends.offer import LINES, Offer
 from fmecompile.backends.reusing import ReuseRecord
 from fmecompile.passes.step_reuse import Cut, StepReuse
 from fmecompile.pipeline import Compilation
+from tests.models import small_svd, svd_call
 from tests.test_calibrated_policies import falling
 from tests.test_step_reuse import MODELS, normalised, variant
 
@@ -319,3 +320,11 @@ def test_the_page_shows_what_was_calibrated(tmp_path: Path) -> None:
     assert policy.alike == (min(cosines), max(cosines)) and fmecompile.StepRehash(full_steps=2).alike is None
     with pytest.raises(fmecompile.OptionError, match="is no calibration"):
         Offer(sets, (), sets[1]).to_html(tmp_path / "no.html", "calibration.json")  # type: ignore[arg-type]
+
+
+def test_modules_are_named_by_their_class() -> None:
+    cuts = Cuts(normalised(small_svd(), svd_call(1, 3, 8, 8, torch.float32)).program)
+    by_class = cuts.results_of("class:TransformerSpatioTemporal*")
+    assert by_class and by_class == cuts.results_of("*.attentions.?")
+    with pytest.raises(fmecompile.OptionError, match="near it are TransformerSpatioTemporalModel"):
+        cuts.results_of("class:TransformerSpatoTemporalModel")

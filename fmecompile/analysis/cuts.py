@@ -21,7 +21,7 @@ from torch import fx
 from fmecompile.analysis.axes import GraphAxes, propagate
 from fmecompile.analysis.blocks import Block, before, behind, block_stack, is_large
 from fmecompile.analysis.cut_sets import CutSets, limit_of
-from fmecompile.analysis.mixing import Mixing, called_in, clip_atoms, clips, mixes, mixing
+from fmecompile.analysis.mixing import Mixing, called_in, classes_in, clip_atoms, clips, mixes, mixing
 from fmecompile.errors import OptionError
 from fmecompile.graph.program import Input, Program, compute_nodes
 from fmecompile.graph.specs import tensor_spec
@@ -29,6 +29,7 @@ from fmecompile.operators.contraction import all_products
 
 aten = torch.ops.aten
 _END = "end"
+CLASS = "class:"  # in front of a pattern of class names, where else patterns are of paths
 SYMBOLS = (
     "auto",
     "auto:BYTES",
@@ -291,13 +292,18 @@ class Cuts:
         return found
 
     def results_of(self, pattern: str) -> list[CutValue]:
-        """Results of the modules whose path matches ``pattern``. Raises OptionError with near matches for none."""
-        paths = {path for node in self.nodes for path in called_in(node)}
-        matching = {path for path in paths if fnmatchcase(path, pattern)}
+        """Results of the modules whose path matches ``pattern``, or whose class does that behind ``class:``.
+
+        Raises OptionError with near matches for none.
+        """
+        wanted = pattern.removeprefix(CLASS)
+        modules = {path: kind for node in self.nodes for path, kind in classes_in(node).items()}
+        matching = {path for path, kind in modules.items() if fnmatchcase(path if wanted == pattern else kind, wanted)}
         names = {node.name: place for node, place in self.place.items()}
         if not matching:
             raise OptionError(
-                f"no module of this model is called {pattern!r}", next_step=near(pattern, [*paths, *SYMBOLS])
+                f"no module of this model is called {pattern!r}",
+                next_step=near(wanted, [*(modules if wanted == pattern else modules.values()), *SYMBOLS]),
             )
         found = [self.cut_value(node, path) for path in matching for node in self._leaving(path)]
         return sorted(found, key=lambda cut: names[cut.value])
@@ -390,5 +396,5 @@ def numbers(name: str, most: int) -> list[int]:
 
 def near(wanted: str, names: Iterable[str]) -> str:
     """The next step for someone who asked for a name that is not there."""
-    near = difflib.get_close_matches(wanted, list(names), 3, 0.4)
+    near = difflib.get_close_matches(wanted, sorted(set(names)), 3, 0.4)
     return f"near it are {', '.join(near)}" if near else "see the paths in model.named_modules()"

@@ -92,6 +92,11 @@ def _ndim(node: fx.Node) -> int:
 
 def called_in(node: fx.Node) -> Iterator[str]:
     """Paths of the modules in whose calls ``node`` runs, outermost first; lists of modules are never called."""
-    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-        if found := str(path).removeprefix("L['self'].").removeprefix("L['self']"):
-            yield found
+    yield from classes_in(node)
+
+
+def classes_in(node: fx.Node) -> dict[str, str]:
+    """The same modules with the names of their classes."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    named = ((str(path).removeprefix("L['self'].").removeprefix("L['self']"), kind) for path, kind in stack)
+    return {path: getattr(kind, "__name__", str(kind)).rpartition(".")[2] for path, kind in named if path}

@@ -13,7 +13,7 @@ from fmecompile.graph.program import Program, compute_nodes
 from fmecompile.graph.specs import TensorSpec, node_spec, tensor_spec
 from fmecompile.operators.contraction import products
 from fmecompile.runtime.host import to_device, to_host
-from fmecompile.runtime.rates import bytes_per_s, products_per_s
+from fmecompile.runtime.rates import bytes_per_s, rates_of
 
 
 def work(program: Program) -> int:
@@ -38,7 +38,7 @@ def transfer(program: Program, groups: Iterable[Group], computed: int) -> Transf
     back = sum(_bytes(node) * trips for node, trips in fetched)
     spec = tensor_spec(fetched[0][0])
     copy_rate, is_measured = bytes_per_s(spec.device)
-    rate, _ = products_per_s(spec.device, spec.dtype)
+    rate = rates_of(spec.device, spec.dtype).products_per_s
     return Transfer(out, back, max(out, back) / copy_rate, computed / rate, is_measured)  # both directions at once
 
 

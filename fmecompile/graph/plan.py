@@ -12,7 +12,7 @@ from typing import Any
 
 from fmecompile.errors import PlanMismatch
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class PlannedAxis:
 
 @dataclass(frozen=True)
 class PlannedGroup:
-    """One run of operators executed as one chunk loop."""
+    """One run of operators executed as one chunk loop; ``extra_s`` is by how much that is slower than the operators run
+    whole, which take ``whole_s``, both projected."""
 
     first: str
     last: str
@@ -43,6 +44,8 @@ class PlannedGroup:
     peak_bytes: int
     whole_bytes: int
     taken_over: int
+    extra_s: float
+    whole_s: float
     because: str
 
     @property
@@ -107,7 +110,8 @@ class Plan:
     of the search, ``projected_peak_bytes`` what the compiled program holds at most, ``floor_bytes`` the least peak that
     was found at any number of trips. ``recomputed`` names the moments of GroupNorms whose operands are made twice,
     ``spilled`` the values that wait in host memory, each with the call from which on it is read back;
-    ``joined`` the GroupNorms outside loops that run whole.
+    ``joined`` the GroupNorms outside loops that run whole. ``whole_s`` is how long all operators take run whole,
+    projected at measured or assumed rates of the device: where they are measured, and no other program is running.
     """
 
     key: PlanKey
@@ -125,12 +129,18 @@ class Plan:
     recomputed: tuple[str, ...] = ()
     spilled: tuple[tuple[str, str], ...] = ()
     joined: tuple[str, ...] = ()
+    whole_s: float = 0.0
     transfer: Transfer | None = None
 
     @property
     def trips(self) -> int:
         """Chunk trips of one call of the whole program."""
         return sum(group.trips for group in self.groups)
+
+    @property
+    def extra_s(self) -> float:
+        """By how much the loops are slower than their operators run whole, projected; what caches save is not in it."""
+        return sum(group.extra_s for group in self.groups)
 
     def beside(self, nbytes: int) -> Plan:
         """The same while so many bytes more are held."""
@@ -168,7 +178,8 @@ class Plan:
             f"activations: {eager}{self.projected_peak_bytes / gib:.3f} GiB projected "
             f"({self.allowed_bytes / gib:.3f} allowed, floor {self.floor_bytes / gib:.3f}); "
             f"weights {self.weight_bytes / gib:.3f} GiB, inputs {self.input_bytes / gib:.3f} GiB",
-            f"{len(self.groups)} groups, {self.trips} chunk trips",
+            f"{len(self.groups)} groups, {self.trips} chunk trips; run whole {self.whole_s:.3f} s, loops "
+            f"{self.extra_s:+.3f} s (projected)",
             *([f"{len(self.recomputed)} values are made twice"] if self.recomputed else []),
             *([f"{len(self.spilled)} values wait in host memory: {self.transfer}"] if self.transfer else []),
         ]
@@ -176,7 +187,8 @@ class Plan:
             nest = " x ".join(f"{axis.size}/{axis.chunk}" for axis in group.axes)
             lines.append(
                 f"  {group.trips:>4} trips over {nest:<14} {len(group.operators):>3} operators  "
-                f"{group.whole_bytes / gib:.3f} -> {group.peak_bytes / gib:.3f} GiB  {', '.join(group.modules)}"
+                f"{group.whole_bytes / gib:.3f} -> {group.peak_bytes / gib:.3f} GiB  "
+                f"{group.whole_s * 1e3:.1f} {group.extra_s * 1e3:+.1f} ms  {', '.join(group.modules)}"
             )
         return "\n".join(lines)
 

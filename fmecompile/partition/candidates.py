@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, prod
 from typing import NamedTuple
 
 from fmecompile.analysis.axes import GraphAxes
@@ -20,8 +20,8 @@ from fmecompile.partition.nests import MAX_REACH, MAX_TRIPS, Nest, nests, role_o
 from fmecompile.partition.region import Region
 from fmecompile.runtime.host import to_device, to_host
 
-MAX_WEIGHT_SHARE = 8
-"""Bytes of weights that a trip may read for each byte it makes; above that, chunks cost more time than they save."""
+TRIP_CALLS = 6
+"""Slicing what a trip reads and writing what it makes cost about as much time as so many calls."""
 MAX_HALO_SHARE = 8
 """A trip makes at least this many times the bytes of its chunk as of the halos that its neighbours make too."""
 
@@ -31,11 +31,13 @@ class Candidate:
     """Operators ``[start, stop)`` as one loop nest (``nest`` empty: run whole, one after another).
 
     ``base_bytes`` is what is held whole during the loop; ``moments`` are (fixed, sliced) bytes of one trip, sliced
-    being what a trip over the whole last atom would hold. ``makes`` is (fixed, sliced) of all that a trip makes,
-    ``halo_rows`` how many rows beyond its chunk on average, and ``weight_bytes`` what it reads of the model.
-    ``least_bytes`` is held in front of the loop. ``joins`` and ``splits`` count the GroupNorms that operators run whole
-    join again, or leave in parts. Once a chunk size was built, ``known`` has what its trips hold, and
-    ``scale`` by how much the estimate was short.
+    being what a trip over the whole last atom would hold. ``halo_rows`` is how many rows beyond its chunk a trip makes
+    on average. ``least_bytes`` is held in front of the loop. ``joins`` counts the GroupNorms that operators run whole
+    join again. Once a chunk size was built, ``known`` has what its trips hold, and ``scale`` by how much the estimate
+    was short.
+
+    Of time, ``fixed_s`` is what every trip costs however few rows it has, ``sliced_s`` what all trips share,
+    ``beside_s`` what the loop costs once, and ``whole_s`` what the operators cost run whole, by the parts.
     """
 
     start: int
@@ -46,15 +48,15 @@ class Candidate:
     outer_trips: int = 1
     size: int = 1
     least_chunk: int = 1
-    weight_bytes: int = 0
-    makes: tuple[float, float] = (0, 0)
     halo_rows: float = 0.0
     least_bytes: int = 0
     joins: int = 0
-    splits: int = 0
+    fixed_s: float = 0.0
+    sliced_s: float = 0.0
+    beside_s: float = 0.0
+    whole_s: float = 0.0
     scale: float = 1.0
     max_trips: int = MAX_TRIPS
-    weight: float = 1.0
     known: dict[int, int] = field(default_factory=dict)
 
     def peak_bytes(self, chunk: int) -> int:
@@ -96,20 +98,21 @@ class Candidate:
             chunk -= 1
         return None
 
-    def cost(self, trips: int, chunk: int) -> float:
-        """Trips, weighted by the share of the work that neighbours do twice; and a little for the loop itself, or for
-        a GroupNorm in parts."""
+    def extra_s(self, trips: int, chunk: int) -> float:
+        """Seconds beyond those of the operators run whole: what trips do again, rows that neighbours make too, and what
+        the loop itself costs, or a GroupNorm in parts."""
         if not self.nest:
-            return 0.25 * self.splits
-        return self.weight * trips * (1 + MAX_HALO_SHARE * self.halo_rows / chunk) + 0.5
+            return self.beside_s
+        return trips * self.fixed_s + (1 + self.halo_rows / chunk) * self.sliced_s + self.beside_s - self.whole_s
 
 
 def plain(region: Region, start: int, stop: int) -> Candidate:
     """Operators ``[start, stop)`` run whole, each releasing what it reads last."""
     peak = max(region.live[p] + region.nbytes[p] + _hidden(region, p, start, stop) for p in range(start, stop))
-    norms = [joined for p in range(start, stop) if (joined := region.joined[p]) is not None and p == joined.last]
-    whole = sum(joined.first >= start for joined in norms)
-    return Candidate(start, stop, (), peak, (), joins=whole, splits=len(norms) - whole)
+    norms = {p: joined for p in range(start, stop) if (joined := region.joined[p]) is not None and p == joined.last}
+    in_parts = [p for p, joined in norms.items() if joined.first < start]
+    again_s = sum(region.costs[p].sum_s for p in in_parts)  # the parts read once more than the whole one
+    return Candidate(start, stop, (), peak, (), joins=len(norms) - len(in_parts), beside_s=again_s)
 
 
 def plain_norms(region: Region) -> Iterator[Candidate]:
@@ -127,29 +130,25 @@ def _hidden(region: Region, p: int, start: int, stop: int) -> int:
 
 
 def candidates(
-    region: Region, axes: GraphAxes, start: int, min_trip_bytes: int = 0, max_trips: int = MAX_TRIPS
+    region: Region, axes: GraphAxes, start: int, min_trip_bytes: int | None = 0, max_trips: int = MAX_TRIPS
 ) -> Iterator[Candidate]:
-    """All groups that begin at ``start`` whose trips do enough work; with 0 every trip does."""
-    for nest, weight in nests(region, axes, start).items():
+    """All groups that begin at ``start`` whose trips work on ``min_trip_bytes``; without a number, on any."""
+    for nest, gaps in nests(region, axes, start).items():
         for candidate in _walk(region, start, nest):
-            candidate.weight = weight
+            candidate.beside_s += gaps * candidate.sliced_s
             candidate.least_chunk = _least_chunk(candidate, min_trip_bytes)
             candidate.max_trips = max_trips
             if candidate.least_chunk <= candidate.size:
                 yield candidate
 
 
-def _least_chunk(candidate: Candidate, min_trip_bytes: int) -> int:
-    """The fewest rows a trip that does enough work; more than there are when even all of them do not.
-
-    A trip works on ``min_trip_bytes``, and makes at least one byte for every ``MAX_WEIGHT_SHARE`` of weights that it
-    reads once more.
-    """
-    if not min_trip_bytes:
+def _least_chunk(candidate: Candidate, min_trip_bytes: int | None) -> int:
+    """The fewest rows a trip that does enough work beside that of its neighbours; more than there are when even all of
+    them do not. With 0 every trip does."""
+    if min_trip_bytes == 0:
         return 1
-    works = min(_rows(moment, min_trip_bytes, candidate.size) for moment in candidate.moments)
-    least = max(works, _rows(candidate.makes, candidate.weight_bytes / MAX_WEIGHT_SHARE, candidate.size))
-    return max(least, ceil(candidate.halo_rows * MAX_HALO_SHARE))
+    works = min(_rows(moment, min_trip_bytes or 0, candidate.size) for moment in candidate.moments)
+    return max(works, ceil(candidate.halo_rows * MAX_HALO_SHARE))
 
 
 def _rows(share: tuple[float, float], needed: float, size: int) -> int:
@@ -193,7 +192,8 @@ class _Trip:
         self.dying: list[int] = []
         self.met: set[int] = set()
         self.outer_trips = 1
-        self.weight_bytes = 0
+        self.fixed_s = TRIP_CALLS * region.rates.call_s
+        self.sliced_s = self.whole_s = 0.0
         for atom in nest[:-1]:
             self.outer_trips *= region.sizes[atom]
 
@@ -210,7 +210,7 @@ class _Trip:
             own = _NOTHING if self._stays(p) else self._split(p, region.nbytes[p])
             self.held = self.held.plus(own)
             self.made = self.made.plus(own)
-            self.weight_bytes += region.weight_bytes[p]
+            self._note_cost(p)
             self._moment(self.held.plus(self._split(p, _hidden(region, p, self.start, p + 1))))
             if region.owner[p] == p:
                 self.share[p] = own
@@ -234,6 +234,17 @@ class _Trip:
         root = self.same[p] = self.same.get(moved, moved)
         self.until[root] = max(self.until.get(root, moved), region.last[moved], region.last[p])
         return True
+
+    def _note_cost(self, p: int) -> None:
+        """What the trips spend on a call; what does not carry the innermost atom is done again by each."""
+        cost, missing = self.region.costs[p], self.atoms - self.region.carries[p]
+        again = prod(self.region.sizes[atom] for atom in missing - {self.inner})
+        self.whole_s += cost.sum_s
+        self.fixed_s += cost.fixed_s
+        if self.inner in missing:
+            self.fixed_s += cost.sliced_s * again / self.outer_trips
+        else:
+            self.sliced_s += cost.sliced_s * again
 
     def _release(self, root: int, p: int) -> None:
         """Give back what a trip holds of a storage once all that stays in it is dead."""
@@ -283,6 +294,7 @@ class _Trip:
         held = region.live[self.start] + self.hoisted + sum(region.nbytes[r] for r in outs) - taken
         rows = self.deepest / self.size
         makes = self.made.at(rows)
+        written_s = sum(region.nbytes[r] for r in outs) * 2 / region.rates.bytes_per_s
         return Candidate(
             self.start,
             stop,
@@ -291,10 +303,12 @@ class _Trip:
             tuple({moment.at(rows) for moment in self.moments}),
             self.outer_trips,
             self.size,
-            weight_bytes=self.weight_bytes,
-            makes=makes,
             least_bytes=region.live[self.start] + self.least,
             halo_rows=(makes[0] - self.made.fixed) * self.size / makes[1] if self.deepest else 0.0,
+            fixed_s=self.fixed_s,
+            sliced_s=self.sliced_s,
+            beside_s=written_s,
+            whole_s=self.whole_s,
         )
 
     def _is_free(self, position: int) -> bool:

@@ -38,8 +38,10 @@ def _described(partitioner: Partitioner, chosen: Chosen, allowed_bytes: int) -> 
         peak_bytes=chosen.peak_bytes,
         whole_bytes=chosen.whole_bytes,
         taken_over=sum(output.takes is not None for output in group.spec.outputs),
+        extra_s=chosen.extra_s,
+        whole_s=sum(cost.whole_s for cost in partitioner.region.costs[candidate.start : candidate.stop]),
         because=f"run whole it would hold {chosen.whole_bytes / 2**20:.0f} MiB where {allowed_bytes / 2**20:.0f} "
-        f"MiB are allowed; {chosen.choice.trips} trips are the fewest that fit",
+        f"MiB are allowed; {chosen.choice.trips} trips are the fastest way to fit",
     )
 
 
@@ -85,4 +87,4 @@ def _rebuilt(partitioner: Partitioner, planned: PlannedGroup, position: dict[str
     candidate = Candidate(start, stop, nest, planned.peak_bytes, (), size=planned.axes[-1].size)
     peak = partitioner.peak_bytes(start, group)
     candidate.learn(chunk, peak, 0)
-    return Chosen(group, Choice(candidate, chunk, planned.trips), peak, planned.whole_bytes)
+    return Chosen(group, Choice(candidate, chunk, planned.trips), peak, planned.whole_bytes, planned.extra_s)

@@ -14,8 +14,9 @@ MAX_REACH = 200
 """A group spans at most this many operators; search time stays linear in the size of the graph."""
 MIN_STRIDE = 32
 """Atoms whose rows are closer together than this many elements are sliced only where there are no others."""
-STRIDED = 1.5
-"""What a trip weighs whose slices have gaps in memory: a convolution on 64 of 256 columns takes 1.15 times as long."""
+STRIDED = 0.15
+"""Share of the work that slices with gaps in memory cost more: a convolution on 64 of 256 columns takes 1.15 times as
+long."""
 MAX_SINGLES = 2
 """Of the atoms that reach equally far, so many are tried as loops of their own."""
 
@@ -24,8 +25,8 @@ Nest = tuple[int, ...]
 
 
 def nests(region: Region, axes: GraphAxes, start: int) -> dict[Nest, float]:
-    """Loop nests worth trying from ``start``, and what a trip of each weighs: of atoms that reach equally far, the
-    outermost alone, and the prefixes in memory order."""
+    """Loop nests worth trying from ``start``, each with the share of work that gaps in its slices add: of atoms that
+    reach equally far, the outermost alone, and the prefixes in memory order."""
     end = min(start + MAX_REACH, len(region.nodes))
     first = next((b for b in region.boundaries if b > start), end)
     big = _big(region, start, first) or _big(region, start, min(first + 40, end))
@@ -36,12 +37,12 @@ def nests(region: Region, axes: GraphAxes, start: int) -> dict[Nest, float]:
     for level in sorted(set(reach.values()), reverse=True):
         order = _memory_order(region, axes, big, {atom for atom, at in reach.items() if at >= level})
         for k, atom in enumerate(order[:MAX_SINGLES]):
-            found.setdefault((atom,), STRIDED if k else 1.0)
+            found.setdefault((atom,), STRIDED if k else 0.0)
         outer_trips = 1
         for k, atom in enumerate(order):
             if outer_trips > MAX_TRIPS:
                 break
-            found[order[: k + 1]] = 1.0
+            found[order[: k + 1]] = 0.0
             outer_trips *= region.sizes[atom]
     return found
 

@@ -24,19 +24,21 @@ from fmecompile.partition.build import Builder
 from fmecompile.partition.candidates import Candidate, candidates, plain, plain_norms
 from fmecompile.partition.nests import MAX_TRIPS
 from fmecompile.partition.region import Region, region
-from fmecompile.partition.search import KNEE, Choice, cheapest, least_limit, stuck_at
+from fmecompile.partition.search import KNEE, MAX_LOSS, Choice, cheapest, knee, least_limit, stuck_at
 
 MAX_ROUNDS = 12
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """One group of the answer: the built group, its peak, and what the same operators hold when run whole."""
+    """One group of the answer: the built group, its peak, what the same operators hold when run whole, and by how much
+    those are faster."""
 
     group: Group
     choice: Choice
     peak_bytes: int
     whole_bytes: int
+    extra_s: float
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Partitioner:
         self.builder = Builder(self.region, self.storages, self.axes, facts)
 
     def search(self, limit_bytes: int | None = None) -> Answer:
-        """The plan with the fewest trips that hold at most ``limit_bytes``; by default near the least peak (the knee).
+        """The fastest plan that holds at most ``limit_bytes``; by default near the least peak (the knee).
 
         Raises BudgetInfeasible when every plan holds more; its ``floor_bytes`` are what the best one holds.
         """
@@ -76,7 +78,7 @@ class Partitioner:
             floor = self.floor_bytes()
             if limit_bytes is not None and floor > limit_bytes:
                 raise BudgetInfeasible(floor, limit_bytes)
-            allowed = floor * KNEE if limit_bytes is None else limit_bytes
+            allowed = self._knee(floor) if limit_bytes is None else limit_bytes
             plan = cheapest(self.table, self._stops, allowed)
             assert plan is not None
             if all(self._exact(choice) <= allowed for choice in plan if choice.trips):
@@ -84,6 +86,12 @@ class Partitioner:
         whole = [choice.candidate for choice in plan if not choice.trips]
         joined = tuple(name for candidate in whole for name in self._joined(candidate))
         return Answer(tuple(self._chosen(c) for c in plan if c.trips), floor, int(allowed), joined)
+
+    def _knee(self, floor: int) -> float:
+        """The limit of the default plan."""
+        if min_trip_bytes() is not None:
+            return floor * KNEE
+        return knee(self.table, self._stops, floor, MAX_LOSS * self.region.whole_s)
 
     def _joined(self, candidate: Candidate) -> Iterator[str]:
         """The last parts of GroupNorms that lie within operators run whole."""
@@ -148,4 +156,4 @@ class Partitioner:
         candidate = choice.candidate
         group = self.builder.build(candidate.start, candidate.stop, candidate.nest, choice.chunk)
         whole = plain(self.region, candidate.start, candidate.stop).base_bytes
-        return Chosen(group, choice, choice.peak_bytes, whole)
+        return Chosen(group, choice, choice.peak_bytes, whole, candidate.extra_s(choice.trips, choice.chunk))

@@ -11,12 +11,14 @@ import torch
 from torch import fx
 
 from fmecompile.analysis.axes import GraphAxes, Use
+from fmecompile.analysis.cost import Cost, cost_of, rates_for
 from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.storages import Storages
 from fmecompile.graph.specs import TensorSpec, node_spec, specs_in
 from fmecompile.kernels.group_norm import GROUP_NORM_APPLY, GROUP_NORM_MOMENTS
 from fmecompile.passes.fuse_norm import norm_call
 from fmecompile.runtime.norms import group_norm_apply, group_norm_moments, group_norm_statistics
+from fmecompile.runtime.rates import Rates
 
 aten = torch.ops.aten
 NORM_PARTS = (
@@ -49,14 +51,15 @@ class Joined(NamedTuple):
 
 @dataclass(frozen=True)
 class Region:
-    """Positions 0..n of a straight-line graph. ``live`` has one entry a boundary, other sequences one a position."""
+    """Positions 0..n of a straight-line graph. ``live`` has one entry a boundary, other sequences one a position.
+    ``rates`` are those of the device."""
 
     nodes: tuple[fx.Node, ...]
     sizes: dict[int, int]
     carries: list[frozenset[int]]
     barred: list[frozenset[int]]
     reads: list[tuple[Read, ...]]
-    weight_bytes: list[int]
+    costs: list[Cost]
     owner: list[int]
     nbytes: tuple[int, ...]
     hidden: list[int]
@@ -65,6 +68,12 @@ class Region:
     dies: list[list[int]]
     live: list[int]
     boundaries: list[int]
+    rates: Rates
+
+    @property
+    def whole_s(self) -> float:
+        """How long all operators take that run whole."""
+        return sum(cost.whole_s for cost in self.costs)
 
     @property
     def threshold_bytes(self) -> int:
@@ -77,6 +86,7 @@ def region(storages: Storages, axes: GraphAxes, facts: FactTable) -> Region:
     position = storages.position
     nodes = storages.nodes
     n = len(nodes)
+    rates = rates_for(nodes)
     owner = [position.get(storages.roots[node], -1) for node in nodes]
     atoms = {atom for facts in axes.nodes.values() for axis in facts.axes for atom in axis}
     sizes = {atom: axes.table.size(atom) for atom in atoms}
@@ -96,7 +106,7 @@ def region(storages: Storages, axes: GraphAxes, facts: FactTable) -> Region:
         carries=[axes[node].carries if node in axes.nodes else empty for node in nodes],
         barred=[axes[node].barred if node in axes.nodes else empty for node in nodes],
         reads=reads,
-        weight_bytes=[_weight_bytes(node) for node in nodes],
+        costs=[cost_of(node, rates, is_view=owner[at] != at) for at, node in enumerate(nodes)],
         owner=owner,
         nbytes=storages.nbytes,
         hidden=list(storages.hidden),
@@ -105,6 +115,7 @@ def region(storages: Storages, axes: GraphAxes, facts: FactTable) -> Region:
         dies=dies,
         live=live,
         boundaries=[],
+        rates=rates,
     )
     found.boundaries.extend(_boundaries(found))
     return found
@@ -118,12 +129,6 @@ def _read(use: Use, storages: Storages, sizes: dict[int, int]) -> Read:
         if use.axes[d]
     }
     return Read(storages.position.get(use.node, -1), storages.position.get(root, -1), use.reduced, halo)
-
-
-def _weight_bytes(node: fx.Node) -> int:
-    """Bytes of graph inputs, nearly all weights, that a call reads."""
-    specs = [node_spec(n) for n in node.all_input_nodes if n.op == "placeholder"]
-    return sum(spec.numel * spec.dtype.itemsize for spec in specs if isinstance(spec, TensorSpec))
 
 
 def _joined(nodes: Sequence[fx.Node], position: dict[fx.Node, int], facts: FactTable) -> list[Joined | None]:

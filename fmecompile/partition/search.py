@@ -1,18 +1,21 @@
 """The search: the cheapest way to run the whole graph under a limit, and the least limit that can be met.
 
 Dynamic programming over boundaries: the cheapest plan of the first i operators is extended by one candidate. The limit
-is found by bisection, since a plan that meets a limit meets every larger one. Cost is chunk trips, then
-groups; halos add to it.
+is found by bisection, since a plan that meets a limit meets every larger one. Cost is time: seconds beyond those of all
+operators run whole.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from fmecompile.partition.candidates import Candidate
 
 KNEE = 1.03
-"""The default plan takes the fewest trips among plans within 3 % of the least peak."""
+"""The default plan is the fastest one within 3 % of the least peak,"""
+MAX_LOSS = 0.05
+"""unless its loops cost a larger share of the time than this: then it may hold as much more as it takes."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Choice:
 
 
 def cheapest(by_stop: dict[int, list[Candidate]], stops: list[int], allowed_bytes: float) -> list[Choice] | None:
-    """The plan with the fewest trips of which no part peaks above ``allowed_bytes``; None if there is none."""
+    """The fastest plan of which no part peaks above ``allowed_bytes``; None if there is none."""
     return _trace(_sweep(by_stop, stops, allowed_bytes), stops[-1])
 
 
@@ -52,7 +55,7 @@ def _sweep(
             choice = _choose(candidate, allowed_bytes)
             if choice is None:
                 continue
-            cost = before[0] + candidate.cost(choice.trips, choice.chunk)
+            cost = before[0] + candidate.extra_s(choice.trips, choice.chunk)
             if found is None or cost < found[0]:
                 found = (cost, choice)
         if found is not None:
@@ -80,9 +83,38 @@ def _trace(best: dict[int, tuple[float, Choice | None]], end: int) -> list[Choic
     return path[::-1]
 
 
+def extra_s(plan: list[Choice]) -> float:
+    """By how much the loops of a plan are slower than its operators run whole."""
+    return sum(choice.candidate.extra_s(choice.trips, choice.chunk) for choice in plan)
+
+
+def knee(by_stop: dict[int, list[Candidate]], stops: list[int], floor: float, most_s: float) -> float:
+    """The limit of the default plan in bytes: near ``floor``, or the least whose plan loses at most ``most_s``."""
+    low, high = KNEE * floor, _whole_bytes(by_stop)
+    if low >= high or _loss_s(by_stop, stops, low) <= most_s:
+        return low
+    while high - low > 0.02 * high:
+        middle = (low + high) / 2
+        if _loss_s(by_stop, stops, middle) <= most_s:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _loss_s(by_stop: dict[int, list[Candidate]], stops: list[int], allowed_bytes: float) -> float:
+    plan = cheapest(by_stop, stops, allowed_bytes)
+    return inf if plan is None else extra_s(plan)
+
+
+def _whole_bytes(by_stop: dict[int, list[Candidate]]) -> float:
+    """What is held at most where every operator runs whole."""
+    return float(max(c.base_bytes for found in by_stop.values() for c in found if not c.nest))
+
+
 def least_limit(by_stop: dict[int, list[Candidate]], stops: list[int], resolution: float = 0.004) -> float:
     """The least limit in bytes that some plan meets, within ``resolution``."""
-    low, high = 0.0, float(max(c.base_bytes for found in by_stop.values() for c in found if not c.nest))
+    low, high = 0.0, _whole_bytes(by_stop)
     while high - low > resolution * high:
         middle = (low + high) / 2
         if cheapest(by_stop, stops, middle) is None:

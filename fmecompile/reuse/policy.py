@@ -11,7 +11,8 @@ A policy is a frozen dataclass of options, checked when it is made. Ask ``kind``
 A run belongs to one generation, one branch and one input signature. ``change`` is always the relative L1 distance
 mean|v - v_ref| / mean|v_ref|, None when there is no reference yet; a change that is not finite makes a full step.
 
-What is reused has symbolic names that whoever builds the graphs resolves to values, beside module path patterns:
+What is reused has symbolic names that whoever builds the graphs resolves to values, beside patterns of module paths
+and, behind ``class:``, of module classes:
 ``last_up_temporal`` (the temporal layer's output in the last up block), ``deep_feature:B`` (what meets the skip
 connection of branch B, 0 being the outermost), ``block_stack:F:B`` (the stack of blocks without its first F and last
 B; ``block_stack`` is all of it), ``block_residuals`` (what each part of a block adds, before it is added),

@@ -1,20 +1,55 @@
-"""How fast a device computes and how fast values travel between it and host memory: measured once, or assumed."""
+"""How fast a device computes, reads and writes, and is asked to: measured once a machine, or assumed."""
 
 from __future__ import annotations
 
 import functools
+import json
+import os
+import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from fmecompile.config import cache_folder, may_measure
+
 ASSUMED_BYTES_PER_S = 20e9
 """Pinned host memory over PCIe 4 with 16 lanes, one direction."""
-ASSUMED_PRODUCTS_PER_S = 20e12
-"""Multiply-adds in half precision that a recent consumer GPU sustains in convolutions and matrix products."""
 
-_COPY_BYTES, _SIZE = 64 << 20, 4096
+_COPY_BYTES, _SIZE, _FEW_ROWS, _SMALL_CALLS = 256 << 20, 4096, 16, 200
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second: ``products_per_s`` multiply-adds in matrix products of one dtype, ``bytes_per_s``
+    read or written in its memory, and ``weight_bytes_per_s`` of the weights of products with few rows, which a CPU
+    brings into another order first. ``call_s`` is what a call costs however small it is."""
+
+    products_per_s: float
+    bytes_per_s: float
+    weight_bytes_per_s: float
+    call_s: float
+    is_measured: bool = False
+
+
+ASSUMED = {
+    "cuda": Rates(20e12, 600e9, 600e9, 8e-6),  # half precision on a recent consumer GPU
+    "cpu": Rates(50e9, 12e9, 6e9, 5e-6),  # float32 on two cores with AVX-512
+}
+"""For devices that cannot be asked, by type; others are taken for a GPU."""
+
+
+def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
+    """The rates of ``device`` in ``dtype``. Measured once and written down for later processes, unless that is switched
+    off, or the device is not there."""
+    if not may_measure() or not _is_there(device):
+        return ASSUMED.get(device.type, ASSUMED["cuda"])
+    return _measured(device, dtype, torch.get_num_threads())
 
 
 def bytes_per_s(device: torch.device) -> tuple[float, bool]:
@@ -24,11 +59,62 @@ def bytes_per_s(device: torch.device) -> tuple[float, bool]:
     return ASSUMED_BYTES_PER_S, False
 
 
-def products_per_s(device: torch.device, dtype: torch.dtype) -> tuple[float, bool]:
-    """Products a second in a matrix product of ``dtype``, and whether they were measured."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return _product_rate(device, dtype), True
-    return ASSUMED_PRODUCTS_PER_S, False
+def _is_there(device: torch.device) -> bool:
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+
+
+@functools.cache
+def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> Rates:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor()} x{threads}"
+    key = f"{name}, {dtype}, torch {torch.__version__}"
+    path = cache_folder() / "rates.json"
+    known = _read(path)
+    if key in known:
+        return Rates(**known[key])
+    with unset_fake_temporarily(), torch.no_grad():
+        found = _measure(device, dtype)
+    with suppress(OSError):  # a machine without a place to write measures again
+        _write(path, _read(path) | {key: asdict(found)})
+    return found
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """What was written down; nothing where that cannot be read."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return {key: asdict(Rates(**value)) for key, value in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write(path: Path, known: dict[str, dict[str, Any]]) -> None:
+    """All or nothing, whoever else writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_name(f"{path.name}.{os.getpid()}")
+    own.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    own.replace(path)
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Less than a second on a CPU; a CPU multiplies half precision slowly, so less of it."""
+    is_fast = device.type == "cuda"
+    size = _SIZE if is_fast else 1024 if dtype.itemsize >= 4 else 256
+    factor = torch.zeros(size, size, dtype=dtype, device=device)
+    weight = torch.zeros(_SIZE, _SIZE, dtype=dtype, device=device)
+    rows = torch.zeros(_FEW_ROWS, _SIZE, dtype=dtype, device=device)
+    source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    small = torch.zeros(8, dtype=dtype, device=device)
+
+    def calls() -> None:
+        value = small
+        for _ in range(_SMALL_CALLS):
+            value = torch.ops.aten.add.Tensor(value, small)
+
+    products = size**3 / _seconds(lambda: factor @ factor, device)
+    moved = 2 * _COPY_BYTES / _seconds(lambda: target.copy_(source), device)
+    weights = weight.nbytes / _seconds(lambda: torch.nn.functional.linear(rows, weight), device)
+    return Rates(products, moved, weights, _seconds(calls, device) / _SMALL_CALLS, is_measured=True)
 
 
 @functools.cache
@@ -39,20 +125,18 @@ def _copy_rate(device: torch.device) -> float:
         return _COPY_BYTES / _seconds(lambda: there.copy_(host, non_blocking=True), device)
 
 
-@functools.cache
-def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    with unset_fake_temporarily(), torch.no_grad():
-        factor = torch.zeros(_SIZE, _SIZE, dtype=dtype, device=device)
-        return _SIZE**3 / _seconds(lambda: factor @ factor, device)
-
-
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """The best of five runs."""
     found = []
     for _ in range(5):
-        torch.cuda.synchronize(device)
+        _wait(device)
         start = time.perf_counter()
         work()
-        torch.cuda.synchronize(device)
+        _wait(device)
         found.append(time.perf_counter() - start)
     return min(found)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
