@@ -33,11 +33,13 @@ from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.graph.structure import structure
 from fmecompile.partition.decide import describe, replay
 from fmecompile.partition.tradeoffs import Limits, Prepared, prepare, replayed
+from fmecompile.passes.accept_strides import AcceptStrides
 from fmecompile.passes.chunk_loops import ChunkLoops
 from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
 from fmecompile.passes.fold_constants import FoldConstants
 from fmecompile.passes.fuse_norm import FuseNorm
+from fmecompile.passes.late_expand import LateExpand
 from fmecompile.passes.one_key import OneKey
 from fmecompile.passes.relax_views import RelaxViews
 from fmecompile.passes.sink_producers import SinkProducers
@@ -48,10 +50,12 @@ PASSES = (
     DropNoops(),
     RelaxViews(),
     OneKey(),
+    LateExpand(),
     FoldConstants(),
     EliminateCommon(),
     DropNoops(),
     SinkProducers(),
+    AcceptStrides(),
     TwoPassNorm(),
     # then: partition (the search), chunk-loops (the rewrite by its plan), fuse-norm
 )

@@ -8,7 +8,7 @@ join by the formula of Chan, Golub and LeVeque (1983): ``mean = mean(mean_i)`` a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -79,13 +79,44 @@ def group_norm_apply(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(N, C, *), (2, N, G) -> (N, C, *): normalise with statistics from :func:`group_norm_statistics`."""
-    per_group = x.shape[1] // statistics.shape[2]
-    mean, scale = statistics.repeat_interleave(per_group, 2)
+    shift, scale = _affine(x, statistics, weight, bias)
+    return torch.addcmul(shift, x, scale).to(x.dtype)
+
+
+def _affine(
+    x: torch.Tensor, statistics: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each channel of ``x`` is shifted by once it is scaled, and its scale."""
+    mean, scale = statistics.repeat_interleave(x.shape[1] // statistics.shape[2], 2)
     if weight is not None:
         scale = scale * weight
     shift = -mean * scale
     if bias is not None:
         shift = shift + bias
     spatial = (1,) * (x.ndim - 2)
-    result = torch.addcmul(shift.view(*shift.shape, *spatial), x, scale.view(*scale.shape, *spatial))
-    return result.to(x.dtype)
+    return shift.view(*shift.shape, *spatial), scale.view(*scale.shape, *spatial)
+
+
+def group_norm_laid_out(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    order: Sequence[int],
+) -> torch.Tensor:
+    """A GroupNorm of (N, C, *) in any layout, without a copy of it; ``order`` has the dimensions of the result from the
+    outermost to the innermost in memory."""
+    statistics = group_norm_statistics(group_norm_moments(x, num_groups), eps)
+    result = x.new_empty([x.shape[d] for d in order]).permute([order.index(d) for d in range(x.ndim)])
+    rows = max(_PIECE_BYTES // (x[:1, :, :1].numel() * _wide(x.dtype).itemsize), 1)
+    for n in range(x.shape[0]):
+        own = statistics.narrow(1, n, 1)
+        parts = zip(x.narrow(0, n, 1).split(rows, 2), result.narrow(0, n, 1).split(rows, 2), strict=True)
+        for part, target in parts:
+            shift, scale = _affine(part, own, weight, bias)
+            is_wide = scale.dtype == x.dtype
+            torch.addcmul(shift, part, scale, out=target) if is_wide else target.copy_(
+                torch.addcmul(shift, part, scale)
+            )
+    return result
