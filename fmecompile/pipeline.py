@@ -44,6 +44,7 @@ from fmecompile.passes.one_key import OneKey
 from fmecompile.passes.relax_views import RelaxViews
 from fmecompile.passes.sink_producers import SinkProducers
 from fmecompile.passes.two_pass_norm import TwoPassNorm
+from fmecompile.passes.write_through import WriteThrough
 from fmecompile.runtime.executable import Compiled, Slot
 
 PASSES = (
@@ -200,8 +201,9 @@ def lower(
     trips = f"{len(answer.groups)} groups, {sum(g.trips for g in planned)} chunk trips"
     compilation.done("partition", trips + _tradeoffs(prepared), observe)
     computed = work(program)
-    compilation.loops = dict(ChunkLoops(answer.groups).apply(program))
-    compilation.done("chunk-loops", f"{len(compilation.loops)} loops", observe)
+    groups, note = WriteThrough(answer.groups).apply(program, facts)
+    compilation.loops = dict(ChunkLoops(groups).apply(program))
+    compilation.done("chunk-loops", f"{len(compilation.loops)} loops, {note}", observe)
     compilation.done("fuse-norm", FuseNorm(answer.joined).apply(program, facts), observe)
     check(program)
     projection = compilation.project()

@@ -40,7 +40,7 @@ def norm_call(apply: fx.Node) -> tuple[Any, ...] | None:
     """The arguments of the GroupNorm that ends in ``apply``; None when its parts do not belong together."""
     if apply.target is not group_norm_apply:
         return None
-    x, statistics, weight, bias = apply.args
+    x, statistics, weight, bias = apply.args[:4]
     if not isinstance(statistics, fx.Node) or statistics.target is not group_norm_statistics:
         return None
     moments, eps = statistics.args
@@ -75,12 +75,10 @@ def _order(node: fx.Node, x: fx.Node) -> list[int] | None:
     """The dimensions of a norm of ``x`` as its readers want them in memory; None where the library's norm leaves
     nothing to copy."""
     spec = tensor_spec(x)
-    wanted = {tuple(reader.args[1]) for reader in node.users if reader.target is aten.permute.default}  # type: ignore[arg-type]
-    is_permuted = len(wanted) == 1 and all(reader.target is aten.permute.default for reader in node.users)
-    order = list(wanted.pop()) if is_permuted else list(range(len(spec.shape)))
-    if spec.device.type != "cpu" or (order == sorted(order) and _is_dense(spec)):
+    order: Any = node.args[4] if len(node.args) > 4 else None
+    if spec.device.type != "cpu" or (order is None and _is_dense(spec)):
         return None
-    return order
+    return order or list(range(len(spec.shape)))
 
 
 def _is_dense(spec: TensorSpec) -> bool:

@@ -77,10 +77,42 @@ def group_norm_apply(
     statistics: torch.Tensor,
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    order: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """(N, C, *), (2, N, G) -> (N, C, *): normalise with statistics from :func:`group_norm_statistics`."""
+    """(N, C, *), (2, N, G) -> (N, C, *): normalise with statistics from :func:`group_norm_statistics`.
+
+    The result is laid out as ``x``; or ``order`` has its dimensions from the outermost to the innermost in memory.
+    """
+    if order is not None:
+        return _apply_into(_empty_in(x, order), x, statistics, weight, bias)
     shift, scale = _affine(x, statistics, weight, bias)
     return torch.addcmul(shift, x, scale).to(x.dtype)
+
+
+def _empty_in(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    return x.new_empty([x.shape[d] for d in order]).permute([list(order).index(d) for d in range(x.ndim)])
+
+
+def _apply_into(
+    result: torch.Tensor,
+    x: torch.Tensor,
+    statistics: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Write :func:`group_norm_apply` to ``result``, in pieces where that is narrower than what it is computed in."""
+    is_wide = statistics.dtype == x.dtype
+    row_bytes = x[:1, :, :1].numel() * statistics.dtype.itemsize
+    rows = x.shape[2] if is_wide else max(_PIECE_BYTES // row_bytes, 1)
+    for n in range(1 if is_wide else x.shape[0]):
+        samples = slice(None) if is_wide else slice(n, n + 1)
+        shift, scale = _affine(x[samples], statistics[:, samples], weight, bias)
+        for part, target in zip(x[samples].split(rows, 2), result[samples].split(rows, 2), strict=True):
+            if is_wide:
+                torch.addcmul(shift, part, scale, out=target)
+            else:
+                target.copy_(torch.addcmul(shift, part, scale))
+    return result
 
 
 def _affine(
@@ -108,15 +140,4 @@ def group_norm_laid_out(
     """A GroupNorm of (N, C, *) in any layout, without a copy of it; ``order`` has the dimensions of the result from the
     outermost to the innermost in memory."""
     statistics = group_norm_statistics(group_norm_moments(x, num_groups), eps)
-    result = x.new_empty([x.shape[d] for d in order]).permute([order.index(d) for d in range(x.ndim)])
-    rows = max(_PIECE_BYTES // (x[:1, :, :1].numel() * _wide(x.dtype).itemsize), 1)
-    for n in range(x.shape[0]):
-        own = statistics.narrow(1, n, 1)
-        parts = zip(x.narrow(0, n, 1).split(rows, 2), result.narrow(0, n, 1).split(rows, 2), strict=True)
-        for part, target in parts:
-            shift, scale = _affine(part, own, weight, bias)
-            is_wide = scale.dtype == x.dtype
-            torch.addcmul(shift, part, scale, out=target) if is_wide else target.copy_(
-                torch.addcmul(shift, part, scale)
-            )
-    return result
+    return _apply_into(_empty_in(x, order), x, statistics, weight, bias)
