@@ -37,7 +37,8 @@ class Candidate:
     was short.
 
     Of time, ``fixed_s`` is what every trip costs however few rows it has, ``sliced_s`` what all trips share,
-    ``beside_s`` what the loop costs once, and ``whole_s`` what the operators cost run whole, by the parts.
+    ``beside_s`` what the loop costs once, and ``whole_s`` what the operators cost run whole, by the parts. ``issue_s``
+    is what the host takes to ask for one trip, while the device works.
     """
 
     start: int
@@ -55,6 +56,7 @@ class Candidate:
     sliced_s: float = 0.0
     beside_s: float = 0.0
     whole_s: float = 0.0
+    issue_s: float = 0.0
     scale: float = 1.0
     max_trips: int = MAX_TRIPS
     known: dict[int, int] = field(default_factory=dict)
@@ -103,7 +105,8 @@ class Candidate:
         the loop itself costs, or a GroupNorm in parts."""
         if not self.nest:
             return self.beside_s
-        return trips * self.fixed_s + (1 + self.halo_rows / chunk) * self.sliced_s + self.beside_s - self.whole_s
+        trips_s = trips * self.fixed_s + (1 + self.halo_rows / chunk) * self.sliced_s
+        return max(trips_s, trips * self.issue_s) + self.beside_s - self.whole_s
 
 
 def plain(region: Region, start: int, stop: int) -> Candidate:
@@ -193,6 +196,7 @@ class _Trip:
         self.met: set[int] = set()
         self.outer_trips = 1
         self.fixed_s = TRIP_CALLS * region.rates.call_s
+        self.issue_s = TRIP_CALLS * region.rates.issue_s
         self.sliced_s = self.whole_s = 0.0
         for atom in nest[:-1]:
             self.outer_trips *= region.sizes[atom]
@@ -241,6 +245,7 @@ class _Trip:
         again = prod(self.region.sizes[atom] for atom in missing - {self.inner})
         self.whole_s += cost.sum_s
         self.fixed_s += cost.fixed_s
+        self.issue_s += self.region.rates.issue_s
         if self.inner in missing:
             self.fixed_s += cost.sliced_s * again / self.outer_trips
         else:
@@ -309,6 +314,7 @@ class _Trip:
             sliced_s=self.sliced_s,
             beside_s=written_s,
             whole_s=self.whole_s,
+            issue_s=self.issue_s,
         )
 
     def _is_free(self, position: int) -> bool:
