@@ -41,6 +41,7 @@ from fmecompile.passes.fold_constants import FoldConstants
 from fmecompile.passes.fuse_norm import FuseNorm
 from fmecompile.passes.late_expand import LateExpand
 from fmecompile.passes.one_key import OneKey
+from fmecompile.passes.reader_layout import ReaderLayout
 from fmecompile.passes.relax_views import RelaxViews
 from fmecompile.passes.sink_producers import SinkProducers
 from fmecompile.passes.two_pass_norm import TwoPassNorm
@@ -201,9 +202,10 @@ def lower(
     trips = f"{len(answer.groups)} groups, {sum(g.trips for g in planned)} chunk trips"
     compilation.done("partition", trips + _tradeoffs(prepared), observe)
     computed = work(program)
-    groups, note = WriteThrough(answer.groups).apply(program, facts)
+    groups, laid_out = ReaderLayout(answer.groups).apply(facts)
+    groups, written = WriteThrough(groups).apply(program, facts)
     compilation.loops = dict(ChunkLoops(groups).apply(program))
-    compilation.done("chunk-loops", f"{len(compilation.loops)} loops, {note}", observe)
+    compilation.done("chunk-loops", f"{len(compilation.loops)} loops, {laid_out}, {written}", observe)
     compilation.done("fuse-norm", FuseNorm(answer.joined).apply(program, facts), observe)
     check(program)
     projection = compilation.project()

@@ -26,7 +26,7 @@ from fmecompile.runtime.chunk_loop import Output
 
 aten = torch.ops.aten
 
-_INTO = {
+INTO = {
     aten.add.Tensor: aten.add.out,
     aten.sub.Tensor: aten.sub.out,
     aten.mul.Tensor: aten.mul.out,
@@ -76,7 +76,7 @@ def _sharing(group: Group, output: Output, roots: dict[fx.Node, fx.Node]) -> set
 
 def _can_write(body: fx.Graph, k: int, output: Output, sharing: set[int], facts: FactTable) -> bool:
     value = _values(body)[k]
-    if output.host_of is not None or output.slicing.shape is not None or value.target not in _INTO:
+    if output.host_of is not None or output.slicing.shape is not None or value.target not in INTO:
         return False
     if len(value.users) > 1 or tensor_spec(value).dtype != output.dtype:
         return False
@@ -104,7 +104,7 @@ def _writing(body: fx.Graph, chosen: Sequence[int], outputs: Sequence[Output]) -
         made = tensor_spec(value)
         spec = TensorSpec(made.shape, outputs[k].stride, made.dtype, made.device)
         into = edit.add_operand(graph, f"into_{k}", spec)
-        edit.retarget(value, _INTO[value.target], value.args, {**value.kwargs, "out": into})
+        edit.retarget(value, INTO[value.target], value.args, {**value.kwargs, "out": into})
         values[k] = None
     edit.return_values(graph, tuple(values))
     return graph

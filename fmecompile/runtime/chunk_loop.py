@@ -2,9 +2,9 @@
 
 A loop nest of axes, outermost first; all but the innermost advance one row at a time, the innermost ``chunk`` rows
 with a shorter tail. Each trip slices what it reads, with a halo where a kernel reaches over its border, and runs a
-body, which writes its slice of an output, or has it copied there. Trips of the same shape share a body: full chunks, the
-tail, and with halos the chunks at the borders. Outputs are allocated once, or take over the storage of an input that
-dies in the loop; never a list and a concatenation.
+body, which writes its slice of an output, or has it copied there. Trips of the same shape share a body: full chunks,
+the tail, and with halos the chunks at the borders. Outputs are allocated once, or take over the storage of an input
+that dies in the loop; never a list and a concatenation.
 """
 
 from __future__ import annotations
