@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fmecompile import config
 from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.memory import Projection, project
 from fmecompile.analysis.transfers import transfer, work
@@ -39,11 +40,13 @@ from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
 from fmecompile.passes.fold_constants import FoldConstants
 from fmecompile.passes.fuse_norm import FuseNorm
+from fmecompile.passes.kernels import Kernels
 from fmecompile.passes.late_expand import LateExpand
 from fmecompile.passes.one_key import OneKey
 from fmecompile.passes.reader_layout import ReaderLayout
 from fmecompile.passes.relax_views import RelaxViews
 from fmecompile.passes.sink_producers import SinkProducers
+from fmecompile.passes.spatial_layout import SpatialLayout
 from fmecompile.passes.two_pass_norm import TwoPassNorm
 from fmecompile.passes.write_through import WriteThrough
 from fmecompile.runtime.executable import Compiled, Slot
@@ -59,9 +62,16 @@ PASSES = (
     SinkProducers(),
     AcceptStrides(),
     TwoPassNorm(),
-    # then: partition (the search), chunk-loops (the rewrite by its plan), fuse-norm
+    # then: step-reuse (where it is asked for), KERNEL_PASSES, partition (the search), reader-layout and write-through
+    # (the bodies of its loops), chunk-loops (the rewrite by its plan), fuse-norm
 )
 
+KERNEL_PASSES = {
+    "auto": (Kernels(), SpatialLayout()),
+    "off": (),
+    "reference": (Kernels(everywhere=True), SpatialLayout()),
+}
+"""By where kernels are used."""
 
 NO_LIMITS = Limits()
 MAX_REPAIRS = 3
@@ -132,7 +142,12 @@ def normalise(compilation: Compilation, observe: Observe | None = None) -> None:
     edit.annotate(compute_nodes(program.graph), facts)
     compilation.weight_bytes = _bound_bytes(program, Weight)
     compilation.done("capture", f"{len(compute_nodes(program.graph))} operators", observe)
-    for item in PASSES:
+    _run(PASSES, compilation, observe)
+
+
+def _run(passes: Sequence[Any], compilation: Compilation, observe: Observe | None) -> None:
+    program, facts = compilation.program, compilation.facts
+    for item in passes:
         note = item.apply(program, facts)
         edit.annotate(compute_nodes(program.graph), facts)
         compilation.done(pass_name(item), note, observe)
@@ -185,6 +200,7 @@ def lower(
     observe: Observe | None = None,
 ) -> tuple[Compiled, Plan]:
     """Partition a normalised program and rewrite it; it is changed."""
+    _run(KERNEL_PASSES[config.kernels()], compilation, observe)
     program, facts = compilation.program, compilation.facts
     limit_bytes = limits.activation_bytes
     key = _key(program)

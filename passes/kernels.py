@@ -13,7 +13,7 @@
     after   y = select(fmecompile.temporal_attention(unsqueeze(q, 2), unsqueeze(k, 2), unsqueeze(v, 2)), 2, 0)
 
 Attention is taken where queries and keys are few enough for one program. It stands in front of the partition and behind
-what names attention or norms (``one-key``, ``two-pass-norm``, ``step-reuse``). No list of the pipeline has it yet.
+what names attention or norms (``one-key``, ``two-pass-norm``, ``step-reuse``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fmecompile.graph.specs import TensorSpec, node_spec, tensor_spec
 from fmecompile.kernels.blend import BLEND
 from fmecompile.kernels.geglu import GEGLU
 from fmecompile.kernels.group_norm import GROUP_NORM_APPLY, GROUP_NORM_MOMENTS
-from fmecompile.kernels.registry import KERNELS, why_not
+from fmecompile.kernels.registry import KERNELS, why_not_planned
 from fmecompile.kernels.temporal_attention import TEMPORAL_ATTENTION, serves
 from fmecompile.operators.registry import positional
 from fmecompile.runtime.norms import group_norm_apply, group_norm_moments
@@ -74,7 +74,7 @@ class Kernels:
 
 def _why_not(node: fx.Node) -> str:
     spec = node_spec(node)
-    return why_not(spec.device) if isinstance(spec, TensorSpec) else ""
+    return why_not_planned(spec.device) if isinstance(spec, TensorSpec) else ""
 
 
 Use = Callable[[fx.Node, frozenset[str], FactTable], str]
@@ -113,10 +113,11 @@ def _moments(node: fx.Node, names: frozenset[str], facts: FactTable) -> str:
 def _apply(node: fx.Node, names: frozenset[str], facts: FactTable) -> str:
     if "group_norm_apply" not in names:
         return ""
+    operands, order = node.args[:4], node.args[4:]
     reader = next(iter(node.users), None)
     if reader is not None and reader.target is aten.silu.default and len(node.users) == 1:
-        return _replace(reader, GROUP_NORM_APPLY, (*node.args, True), facts)
-    return _replace(node, GROUP_NORM_APPLY, (*node.args, False), facts)
+        return _replace(reader, GROUP_NORM_APPLY, (*operands, True, *order), facts)
+    return _replace(node, GROUP_NORM_APPLY, (*operands, False, *order), facts)
 
 
 # ------------------------------------------------------------------------------------------------- gates and blends

@@ -3,8 +3,8 @@
     before  y = add(h, e);  p = permute(y, [1, 0, 2]);  n = layer_norm(p, [320])       a copy, within the norm
     after   m = new_empty_strided(h, [14, 512, 320], [320, 4480, 1]);  y = add(h, e, out=m);  ...
 
-So a body that runs over frames goes from the layout of spatial layers to that of sequences without a copy. The whole
-tensor has no such layout where frames and clips are one dimension, so that this waits until the body of a trip is known.
+So a body goes from the layout of spatial layers to that of sequences without a copy. The whole tensor has no such
+layout where frames and clips are one dimension, so that this waits until the body of a trip is known.
 """
 
 from __future__ import annotations

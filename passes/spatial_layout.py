@@ -30,6 +30,7 @@ aten = torch.ops.aten
 
 _SWAP = [0, 2, 1, 3]
 _VIEWS = (aten.reshape.default, aten.unsqueeze.default)
+_EXPANDS = (aten.expand.default, aten.broadcast_to.default)
 _OF_FEATURES = (aten.linear.default, GEGLU, aten.slice.Tensor, aten.reshape.default, aten.layer_norm.default)
 
 
@@ -112,9 +113,21 @@ class _Layer:
         is_whole = tensor_spec(x).shape[:3] == rows and len(tensor_spec(node).shape) == 3  # type: ignore[arg-type]
         return x if is_whole else None  # type: ignore[return-value]
 
+    def _of_clip(self, node: fx.Node) -> fx.Node | None:
+        """The (batch, 1, 1, channels) that ``node`` repeats for every row of a clip."""
+        if node.target not in _EXPANDS or not self.has_rows(node):
+            return None
+        rows = node.args[0]
+        once = rows.args[0] if isinstance(rows, fx.Node) and rows.target is aten.reshape.default else None
+        x = once.args[0] if isinstance(once, fx.Node) and once.target in _EXPANDS else None
+        wanted = (self.batch, 1, 1, *_shape(node)[2:])
+        return x if isinstance(x, fx.Node) and _shape(x) == wanted else None
+
     def _moving(self, node: fx.Node) -> list[fx.Node] | None:
         """The operands of (batch tokens, frames, ...) of a call that computes each row by itself, or is attention over
         frames; None for any other."""
+        if self._of_clip(node) is not None:
+            return []
         if _attention(node) is not None:
             return [row.args[0] for row in _attention(node).args[:3]]  # type: ignore[union-attr]
         tensors = [n for n in node.all_input_nodes if len(_shape(n)) > 0]
@@ -146,6 +159,9 @@ class _Layer:
         entering = self._entering(node)
         if entering is not None:
             return edit.insert_before(node, aten.reshape.default, (entering, shape), like=node)
+        value = self._of_clip(node)
+        if value is not None:
+            return self._repeated(node, value, shape)
         operands = self._moving(node)
         if operands is None:
             return self._permuted(node, shape)
@@ -156,6 +172,12 @@ class _Layer:
         if node.target is aten.reshape.default:
             return edit.insert_before(node, aten.reshape.default, (twins[operands[0]], shape), like=node)
         return edit.clone_before(node, node, twins)
+
+    def _repeated(self, node: fx.Node, value: fx.Node, shape: list[int]) -> fx.Node:
+        frames = [self.batch, self.frames, 1, *shape[2:]]
+        wide = edit.insert_before(node, aten.expand.default, (value, frames), like=node)
+        rows = edit.insert_before(node, aten.reshape.default, (wide, [shape[0], 1, *shape[2:]]), like=node)
+        return edit.insert_before(node, aten.expand.default, (rows, shape), like=node)
 
     def _permuted(self, node: fx.Node, shape: list[int]) -> fx.Node:
         apart = [self.batch, self.tokens, self.frames, *shape[2:]]

@@ -35,20 +35,22 @@ def group_norm_apply(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     silu: bool = False,
+    order: list[int] | None = None,
 ) -> torch.Tensor:
     """(N, C, *), (2, N, G) -> (N, C, *): ``(x - mean) * scale * weight + bias``, then SiLU where it is asked for.
 
     Args:
         x: floating point, in any layout.
         statistics: the mean and 1/sqrt(var + eps) of each group.
+        order: the dimensions of the result from the outermost to the innermost in memory.
 
     Returns:
-        A tensor of the dtype of ``x``, laid out as ``x``.
+        A tensor of the dtype of ``x``, laid out as ``x`` where no order is given.
 
     Raises:
-        OptionError: statistics of another batch, or of groups that do not divide the channels.
+        OptionError: statistics of another batch, or of groups that do not divide the channels; no order of dimensions.
     """
-    result = norms.group_norm_apply(x, statistics, weight, bias)
+    result = norms.group_norm_apply(x, statistics, weight, bias, order)
     return F.silu(result) if silu else result
 
 
@@ -66,13 +68,18 @@ def _empty_apply(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     silu: bool = False,
+    order: list[int] | None = None,
 ) -> torch.Tensor:
     del weight, bias, silu
     shape = tuple(statistics.shape)
     fits = x.ndim > 1 and len(shape) == 3 and shape[:2] == (2, x.shape[0]) and x.shape[1] % max(shape[2], 1) == 0
     next_step = "give statistics (2, N, G) of a batch of N, and a G that divides C"
     require(fits, f"statistics {shape} for a norm of {tuple(x.shape)}", next_step)
-    return torch.empty_like(x)
+    if order is None:
+        return torch.empty_like(x)
+    is_order = sorted(order) == list(range(x.ndim))
+    require(is_order, f"an order {order} of {x.ndim} dimensions", "name each of them once")
+    return norms.empty_in(x, order)
 
 
 def _has_few_dims(x: torch.Tensor, *_: object) -> bool:
@@ -147,7 +154,9 @@ def _launch_apply(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     silu: bool = False,
+    order: list[int] | None = None,
 ) -> None:
+    del order  # the result has it
     groups = statistics.shape[2]
     one, other = [0] * x.ndim, [0] * x.ndim
     one[0], other[1] = 1, 1

@@ -88,6 +88,20 @@ def why_not(device: torch.device) -> str:
     return f"kernels need a CUDA device, and this is {device.type}"
 
 
+def why_not_planned(device: torch.device) -> str:
+    """Why a program for ``device`` has no kernels; an empty string where it has.
+
+    Where no CUDA device is there, a program for one is on fake tensors, and planned as where it would run. A CUDA
+    device without Triton is told once.
+    """
+    if device.type != "cuda":
+        return f"kernels need a CUDA device, and this is {device.type}"
+    if triton is None and torch.cuda.is_available():
+        _warn_once(why_not(device))
+        return why_not(device)
+    return ""
+
+
 def is_launched(device: torch.device) -> bool:
     """Whether kernels run on ``device``; a CUDA device without Triton is told once, and runs the references."""
     reason = why_not(device)

@@ -84,12 +84,13 @@ def group_norm_apply(
     The result is laid out as ``x``; or ``order`` has its dimensions from the outermost to the innermost in memory.
     """
     if order is not None:
-        return _apply_into(_empty_in(x, order), x, statistics, weight, bias)
+        return _apply_into(empty_in(x, order), x, statistics, weight, bias)
     shift, scale = _affine(x, statistics, weight, bias)
     return torch.addcmul(shift, x, scale).to(x.dtype)
 
 
-def _empty_in(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+def empty_in(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """Memory for a tensor like ``x``, its dimensions in ``order`` from the outermost to the innermost."""
     return x.new_empty([x.shape[d] for d in order]).permute([list(order).index(d) for d in range(x.ndim)])
 
 
@@ -140,4 +141,4 @@ def group_norm_laid_out(
     """A GroupNorm of (N, C, *) in any layout, without a copy of it; ``order`` has the dimensions of the result from the
     outermost to the innermost in memory."""
     statistics = group_norm_statistics(group_norm_moments(x, num_groups), eps)
-    return _apply_into(_empty_in(x, order), x, statistics, weight, bias)
+    return _apply_into(empty_in(x, order), x, statistics, weight, bias)
