@@ -7,7 +7,7 @@
     after   y = reshape(expand(linear(v, w), [2, 9216, 1, 320]), [18432, 1, 320])
 
 So stands what ``one-key`` leaves behind: a value for all queries, on its way to the projection. Exact but for the
-rounding of a product of another shape.
+rounding of a product of another shape. What the program returns is left alone: a caller may write to it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from fmecompile.analysis.facts import FactTable
+from fmecompile.analysis.storages import storages
 from fmecompile.graph import edit
 from fmecompile.graph.program import Program, compute_nodes
 from fmecompile.graph.specs import tensor_spec
@@ -34,8 +35,12 @@ class LateExpand:
 
     def apply(self, program: Program, facts: FactTable) -> str:
         moved = 0
-        for node in compute_nodes(program.graph):
-            if node.target is aten.linear.default and _expansion(node.args[0]) is not None:
+        nodes = compute_nodes(program.graph)
+        roots = storages(nodes, program.outputs, facts).roots
+        returned = {roots.get(value) for value in program.outputs}
+        for node in nodes:
+            is_linear = node.target is aten.linear.default and node not in returned
+            if is_linear and _expansion(node.args[0]) is not None:
                 _move(node, facts)
                 moved += 1
         if not moved:
