@@ -23,6 +23,8 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+import fmecompile
+from fmecompile import config
 from fmecompile.capture.export import capture
 from fmecompile.errors import OptionError
 from fmecompile.graph.invariants import check
@@ -35,7 +37,7 @@ from fmecompile.kernels.registry import KERNELS, why_not
 from fmecompile.kernels.temporal_attention import TEMPORAL_ATTENTION
 from fmecompile.passes.kernels import Kernels
 from fmecompile.passes.spatial_layout import SpatialLayout
-from fmecompile.pipeline import Compilation, finish, lower, normalise
+from fmecompile.pipeline import KERNEL_PASSES, Compilation, finish, lower, normalise
 from fmecompile.runtime.executable import Executable
 from tests.models import animatediff_call, as_dtype, small_animatediff, small_svd, svd_call, twin
 
@@ -51,7 +53,7 @@ needs_triton = pytest.mark.skipif(registry.triton is None, reason="Triton is not
 
 CALLS: dict[str, tuple[Any, ...]] = {
     "group_norm_moments": (noise(2, 8, 3, 4, 5), 4),
-    "group_norm_apply": (noise(2, 8, 3, 5), noise(2, 2, 4), noise(8), noise(8), True),
+    "group_norm_apply": (noise(2, 8, 3, 5), noise(2, 2, 4), noise(8), noise(8), True, [0, 2, 3, 1]),
     "geglu": (noise(3, 4, 10), True),
     "temporal_attention": (noise(2, 5, 3, 2, 4), noise(2, 6, 3, 2, 4), noise(2, 6, 3, 2, 4), 0.3),
     "blend": (noise(2, 1, 1), noise(2, 3, 4), noise(2, 3, 4), noise(2, 3, 4)),
@@ -172,6 +174,7 @@ BAD: list[tuple[Any, tuple[Any, ...], str]] = [
     (GROUP_NORM_MOMENTS, (noise(2, 8, 3), 0), "divides C"),
     (GROUP_NORM_APPLY, (noise(3, 8, 4), noise(2, 2, 4)), "batch of N"),
     (GROUP_NORM_APPLY, (noise(2, 8, 4), noise(2, 2, 3)), "divides C"),
+    (GROUP_NORM_APPLY, (noise(2, 8, 4), noise(2, 2, 4), None, None, False, [0, 2, 2]), "each of them once"),
     (TEMPORAL_ATTENTION, (noise(2, 4, 3, 2, 5), noise(2, 4, 3, 1, 5), noise(2, 4, 3, 1, 5)), "differ in T"),
     (TEMPORAL_ATTENTION, (noise(2, 4, 3, 2), noise(2, 4, 3, 2), noise(2, 4, 3, 2)), "(B, T, S, H, D)"),
     (TEMPORAL_ATTENTION, (noise(1, 4, 3, 2, 5), noise(1, 4, 3, 2, 5).float(), noise(1, 4, 3, 2, 5)), "one type"),
@@ -227,7 +230,7 @@ def normalised(module: nn.Module, args: Any) -> Compilation:
 
 
 def with_kernels(compilation: Compilation) -> Compilation:
-    for item in (Kernels(everywhere=True), SpatialLayout()):
+    for item in KERNEL_PASSES["reference"]:
         item.apply(compilation.program, compilation.facts)
     check(compilation.program)
     return compilation
@@ -252,6 +255,52 @@ def test_on_a_cpu_nothing_is_rewritten() -> None:
     before = str(compilation.program.graph)
     assert Kernels().apply(compilation.program, compilation.facts).startswith("no kernel: ")
     assert str(compilation.program.graph) == before
+
+
+def test_a_cuda_device_has_kernels_where_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program for it is on fake tensors then, and planned as where it would run; Triton may be missing."""
+    monkeypatch.setattr(registry, "triton", None)
+    registry._warn_once.cache_clear()
+    cuda = torch.device("cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert registry.why_not_planned(cuda) == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match="pip install triton"):
+        assert registry.why_not_planned(cuda)
+    monkeypatch.setattr(registry, "IS_INTERPRETED", True)
+    monkeypatch.setattr(registry, "triton", object())
+    assert registry.why_not_planned(torch.device("cpu")) and not registry.why_not_planned(cuda)
+
+
+def gated(x: torch.Tensor) -> torch.Tensor:
+    value, gate = x.chunk(2, -1)
+    return value * nn.functional.gelu(gate)
+
+
+class Gated(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return gated(x)
+
+
+@pytest.mark.parametrize(("setting", "is_used"), [("reference", True), ("off", False), ("auto", False)])
+def test_the_environment_says_where_kernels_are_used(
+    setting: str, is_used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMECOMPILE_KERNELS", setting)
+    module, x = fmecompile.optimize(Gated().eval(), strict=True), noise(4, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), gated(x), rtol=1e-12, atol=1e-12)
+    notes = dict(fmecompile.explain(module).records[0].notes)
+    assert ("1 geglu" in notes.get("kernels", "")) == is_used
+    assert ("kernels" in notes) == (setting != "off")
+
+
+def test_an_unknown_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FMECOMPILE_KERNELS", "yes")
+    with pytest.raises(OptionError, match="FMECOMPILE_KERNELS='yes'"):
+        config.kernels()
 
 
 @UNETS
