@@ -26,7 +26,7 @@ from fmecompile.runtime.chunk_loop import Output
 
 aten = torch.ops.aten
 
-INTO = {
+INTO: dict[Any, Any] = {
     aten.add.Tensor: aten.add.out,
     aten.sub.Tensor: aten.sub.out,
     aten.mul.Tensor: aten.mul.out,
