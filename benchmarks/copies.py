@@ -3,8 +3,8 @@
 A copy is a call whose result is new bytes, or bytes written, without arithmetic: clones (of ``contiguous``, of a
 ``reshape`` that is no view, of a ``linear`` or GroupNorm that lays out its operand), concatenations, repetitions,
 padding, and what a loop writes back. A LayerNorm copies an operand that is not contiguous, and a convolution one in
-neither of its two layouts, where no operator shows; they are counted too. With kernels means with their references: what
-a kernel itself moves is no copy.
+neither of its two layouts, where no operator shows; they are counted too. With kernels means with their references:
+what a kernel itself moves is no copy.
 """
 
 from __future__ import annotations
