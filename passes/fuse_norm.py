@@ -76,12 +76,12 @@ def _order(node: fx.Node, x: fx.Node) -> list[int] | None:
     nothing to copy."""
     spec = tensor_spec(x)
     order: Any = node.args[4] if len(node.args) > 4 else None
-    if spec.device.type != "cpu" or (order is None and _is_dense(spec)):
+    if spec.device.type != "cpu" or (order is None and is_dense(spec)):
         return None
     return order or list(range(len(spec.shape)))
 
 
-def _is_dense(spec: TensorSpec) -> bool:
+def is_dense(spec: TensorSpec) -> bool:
     """Whether a library's norm reads it in place: contiguous, or channels last."""
     x = torch.empty_strided(spec.shape, spec.stride, device="meta")
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)

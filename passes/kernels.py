@@ -37,6 +37,7 @@ from fmecompile.kernels.group_norm import GROUP_NORM_APPLY, GROUP_NORM_MOMENTS
 from fmecompile.kernels.registry import KERNELS, why_not_planned
 from fmecompile.kernels.temporal_attention import TEMPORAL_ATTENTION, serves
 from fmecompile.operators.registry import positional
+from fmecompile.passes.fuse_norm import is_dense
 from fmecompile.runtime.norms import group_norm_apply, group_norm_moments
 
 aten = torch.ops.aten
@@ -114,6 +115,8 @@ def _apply(node: fx.Node, names: frozenset[str], facts: FactTable) -> str:
     if "group_norm_apply" not in names:
         return ""
     operands, order = node.args[:4], node.args[4:]
+    if not order and not is_dense(tensor_spec(operands[0])):  # type: ignore[arg-type]
+        order = (list(range(len(tensor_spec(node).shape))),)  # as a convolution would copy it to be
     reader = next(iter(node.users), None)
     if reader is not None and reader.target is aten.silu.default and len(node.users) == 1:
         return _replace(reader, GROUP_NORM_APPLY, (*operands, True, *order), facts)
