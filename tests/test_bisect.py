@@ -82,7 +82,7 @@ def test_a_loop_that_holds_more_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("FMECOMPILE_MIN_TRIP_BYTES", "32768")
     verdict = fmecompile.bisect(net(), batch())
     assert verdict.wrong is None and verdict.over is not None and verdict.over.name == "chunk-loops"
-    assert verdict.over.culprit.startswith("chunk_loop_") and "projected" in verdict.over.culprit
+    assert verdict.over.overshoot.startswith("chunk_loop_") and "projected" in str(verdict)
 
 
 def test_bad_input() -> None:
