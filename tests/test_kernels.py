@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,22 @@ def test_an_unknown_kernel_is_named() -> None:
         Kernels(frozenset({"flash"}))
 
 
-UNETS = pytest.mark.parametrize(("build", "call"), [(small_svd, svd_call), (small_animatediff, animatediff_call)])
+UNETS = pytest.mark.parametrize(
+    ("build", "call"),
+    [(small_svd, svd_call), pytest.param(small_animatediff, animatediff_call, marks=pytest.mark.slow)],
+)
+
+
+@cache
+@torch.no_grad()
+def unet(build: Callable[[], nn.Module], call: Callable[..., Any]) -> tuple[nn.Module, Any, Compilation]:
+    """A small UNet in float64, its arguments, and its normalised program, which is to be copied."""
+    module, args = build().to(torch.float64), call(2, 3, 8, 8, torch.float64)
+    return module, args, normalised(module, args)
+
+
+def copy(compilation: Compilation) -> Compilation:
+    return replace(compilation, program=compilation.program.copy())
 
 
 @torch.no_grad()
@@ -306,8 +322,8 @@ def test_an_unknown_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @UNETS
 def test_every_pattern_of_a_unet_becomes_a_kernel(build: Callable[[], nn.Module], call: Callable[..., Any]) -> None:
     """Frames and tokens are so few that all attention is small, but that over the text."""
-    module = build()
-    compilation = with_kernels(normalised(module, call(2, 3, 8, 8, torch.float32)))
+    module, _, given = unet(build, call)
+    compilation = with_kernels(copy(given))
     found = calls(compilation)
     norms = modules(module, "GroupNorm")
     assert found["fmecompile.group_norm_moments.default"] == found["fmecompile.group_norm_apply.default"] == norms
@@ -325,8 +341,8 @@ def swaps(compilation: Compilation) -> list[fx.Node]:
 
 
 def test_permutations_around_temporal_layers_vanish() -> None:
-    module, args = small_svd(), svd_call(2, 3, 8, 8, torch.float32)
-    compilation = normalised(module, args)
+    module, _, given = unet(small_svd, svd_call)
+    compilation = copy(given)
     layers = modules(module, "TemporalBasicTransformerBlock")
     assert len(swaps(compilation)) == 2 * layers
     Kernels(everywhere=True).apply(compilation.program, compilation.facts)
@@ -339,15 +355,16 @@ def test_permutations_around_temporal_layers_vanish() -> None:
 @torch.no_grad()
 def test_unets_of_references_are_exact(build: Callable[[], nn.Module], call: Callable[..., Any]) -> None:
     """As graphs, and with loops: kernels keep what loops cut without them, so the peak is no higher."""
-    module, args = build().to(torch.float64), call(2, 5, 16, 24, torch.float64)
+    module, args, given = unet(build, call)
     want = module(*args).sample
-    compilation = with_kernels(normalised(module, args))
-    whole = replace(compilation, program=compilation.program.copy())
+    compilation = with_kernels(copy(given))
+    whole = copy(compilation)
     assert relative(run(finish(whole), module, args), want) <= 1e-10
     compiled, plan = lower(compilation)
+    assert plan.groups
     assert relative(run(compiled, module, args), want) <= 1e-10
     assert not any("fmecompile." in barrier.operator and "no axis rule" in barrier.reason for barrier in plan.barriers)
-    _, without = lower(normalised(module, args))
+    _, without = lower(copy(given))
     assert plan.floor_bytes <= 1.03 * without.floor_bytes
     assert plan.projected_peak_bytes <= 1.03 * without.projected_peak_bytes
 
@@ -357,6 +374,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 @UNETS
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_unets_of_references_are_as_good_as_eager(build: Any, call: Any, dtype: torch.dtype) -> None:
