@@ -30,6 +30,18 @@ def may_measure() -> bool:
     return text == "measured"
 
 
+def kernels() -> str:
+    """Where Triton kernels are used: ``FMECOMPILE_KERNELS=off`` nowhere, ``auto`` (the default) on CUDA devices,
+    ``reference`` on every device, computed by their eager references where they do not run.
+    """
+    text = os.environ.get("FMECOMPILE_KERNELS", "auto")
+    if text not in ("auto", "off", "reference"):
+        raise OptionError(
+            f"FMECOMPILE_KERNELS={text!r} is not understood", next_step="unset it, or give 'off' or 'reference'"
+        )
+    return text
+
+
 def cache_folder() -> Path:
     """Where what was measured is written down: ``FMECOMPILE_CACHE``, else the user's folder for caches."""
     own = os.environ.get("FMECOMPILE_CACHE")

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch._logging._internal import trace_structured
 
+from fmecompile import config
 from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.memory import Projection, project
 from fmecompile.analysis.transfers import transfer, work
@@ -36,29 +37,44 @@ from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.graph.structure import structure
 from fmecompile.partition.decide import describe, replay
 from fmecompile.partition.tradeoffs import Limits, Prepared, prepare, replayed
+from fmecompile.passes.accept_strides import AcceptStrides
 from fmecompile.passes.chunk_loops import ChunkLoops
 from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
 from fmecompile.passes.fold_constants import FoldConstants
 from fmecompile.passes.fuse_norm import FuseNorm
+from fmecompile.passes.kernels import Kernels
+from fmecompile.passes.late_expand import LateExpand
 from fmecompile.passes.one_key import OneKey
+from fmecompile.passes.reader_layout import ReaderLayout
 from fmecompile.passes.relax_views import RelaxViews
 from fmecompile.passes.sink_producers import SinkProducers
+from fmecompile.passes.spatial_layout import SpatialLayout
 from fmecompile.passes.two_pass_norm import TwoPassNorm
+from fmecompile.passes.write_through import WriteThrough
 from fmecompile.runtime.executable import Compiled, Slot
 
 PASSES = (
     DropNoops(),
     RelaxViews(),
     OneKey(),
+    LateExpand(),
     FoldConstants(),
     EliminateCommon(),
     DropNoops(),
     SinkProducers(),
+    AcceptStrides(),
     TwoPassNorm(),
-    # then: partition (the search), chunk-loops (the rewrite by its plan), fuse-norm
+    # then: step-reuse (where it is asked for), KERNEL_PASSES, partition (the search), reader-layout and write-through
+    # (the bodies of its loops), chunk-loops (the rewrite by its plan), fuse-norm
 )
 
+KERNEL_PASSES = {
+    "auto": (Kernels(), SpatialLayout()),
+    "off": (),
+    "reference": (Kernels(everywhere=True), SpatialLayout()),
+}
+"""By where kernels are used."""
 
 _LOGGER = logging.getLogger(__name__)  # TORCH_LOGS=fmecompile shows it, "+fmecompile" with the code of each stage
 NO_LIMITS = Limits()
@@ -133,7 +149,12 @@ def normalise(compilation: Compilation, observe: Observe | None = None) -> None:
     edit.annotate(compute_nodes(program.graph), facts)
     compilation.weight_bytes = _bound_bytes(program, Weight)
     compilation.done("capture", f"{len(compute_nodes(program.graph))} operators", observe)
-    for item in PASSES:
+    _run(PASSES, compilation, observe)
+
+
+def _run(passes: Sequence[Any], compilation: Compilation, observe: Observe | None) -> None:
+    program, facts = compilation.program, compilation.facts
+    for item in passes:
         note = item.apply(program, facts)
         edit.annotate(compute_nodes(program.graph), facts)
         compilation.done(pass_name(item), note, observe)
@@ -186,6 +207,7 @@ def lower(
     observe: Observe | None = None,
 ) -> tuple[Compiled, Plan]:
     """Partition a normalised program and rewrite it; it is changed."""
+    _run(KERNEL_PASSES[config.kernels()], compilation, observe)
     program, facts = compilation.program, compilation.facts
     limit_bytes = limits.activation_bytes
     key = _key(program)
@@ -203,8 +225,10 @@ def lower(
     trips = f"{len(answer.groups)} groups, {sum(g.trips for g in planned)} chunk trips"
     compilation.done("partition", trips + _tradeoffs(prepared), observe)
     computed = work(program)
-    compilation.loops = dict(ChunkLoops(answer.groups).apply(program))
-    compilation.done("chunk-loops", f"{len(compilation.loops)} loops", observe)
+    groups, laid_out = ReaderLayout(answer.groups).apply(facts)
+    groups, written = WriteThrough(groups).apply(program, facts)
+    compilation.loops = dict(ChunkLoops(groups).apply(program))
+    compilation.done("chunk-loops", f"{len(compilation.loops)} loops, {laid_out}, {written}", observe)
     compilation.done("fuse-norm", FuseNorm(answer.joined).apply(program, facts), observe)
     check(program)
     projection = compilation.project()

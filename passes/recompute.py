@@ -19,11 +19,14 @@ from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.storages import Storages, storages
 from fmecompile.graph import edit
 from fmecompile.graph.program import Program, compute_nodes
+from fmecompile.kernels.group_norm import GROUP_NORM_APPLY, GROUP_NORM_MOMENTS
 from fmecompile.operators.contraction import products
 from fmecompile.runtime.norms import group_norm_apply, group_norm_moments
 
 MAX_CHAIN = 12
 """Calls made twice for one GroupNorm, at most."""
+
+_MOMENTS, _APPLY = (group_norm_moments, GROUP_NORM_MOMENTS), (group_norm_apply, GROUP_NORM_APPLY)
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,13 @@ def chains(program: Program, facts: FactTable) -> list[Chain]:
     """Every GroupNorm whose operand may be made twice, and what that takes."""
     nodes = compute_nodes(program.graph)
     held = storages(nodes, program.outputs, facts)
-    found = (_chain(node, held) for node in nodes if node.target is group_norm_moments)
+    found = (_chain(node, held) for node in nodes if node.target in _MOMENTS)
     return [chain for chain in found if chain is not None]
 
 
 def _chain(moments: fx.Node, held: Storages) -> Chain | None:
     value = moments.args[0]
-    apply = next((user for s in moments.users for user in s.users if user.target is group_norm_apply), None)
+    apply = next((user for s in moments.users for user in s.users if user.target in _APPLY), None)
     if apply is None or not isinstance(value, fx.Node) or value not in held.position:
         return None
     lifted = [user for user in value.users if user not in (moments, apply)]

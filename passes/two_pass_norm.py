@@ -3,8 +3,11 @@
     before  y = group_norm(x, 32, w, b, 1e-6)
     after   m = group_norm_moments(x, 32);  s = group_norm_statistics(m, 1e-6);  y = group_norm_apply(x, s, w, b)
 
-The partition then decides; ``fuse-norm`` joins again every three that it left together, so a GroupNorm stays split only
-where a loop begins or ends between its two passes over ``x``.
+    before  y = group_norm(x, 32, w, b, 1e-6);  p = permute(y, [0, 2, 3, 1])
+    after   ...;  y = group_norm_apply(x, s, w, b, [0, 2, 3, 1]);  p = permute(y, [0, 2, 3, 1])
+
+What every reader permutes is laid out so to begin with. The partition then decides; ``fuse-norm`` joins again every
+three that it left together, so a GroupNorm stays split only where a loop begins or ends between its two passes.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from fmecompile.analysis.facts import FactTable
 from fmecompile.graph import edit
@@ -37,7 +41,16 @@ class TwoPassNorm:
             weight, bias, eps = (*rest, *_DEFAULTS[len(rest) :])[:3]
             moments = edit.insert_before(node, group_norm_moments, (x, groups), like=node)
             statistics = edit.insert_before(node, group_norm_statistics, (moments, eps), like=node)
-            edit.retarget(node, group_norm_apply, (x, statistics, weight, bias), {})
+            order = _wanted_order(node)
+            laid_out = () if order is None else (order,)
+            edit.retarget(node, group_norm_apply, (x, statistics, weight, bias, *laid_out), {})
             edit.annotate([moments, statistics, node], facts)
             split += 1
         return f"{split} group norms split" if split else "no group norm to split"
+
+
+def _wanted_order(node: fx.Node) -> list[int] | None:
+    """The order of dimensions that all readers of ``node`` permute it to."""
+    wanted = {tuple(reader.args[1]) if reader.target is aten.permute.default else None for reader in node.users}  # type: ignore[arg-type]
+    order = wanted.pop() if len(wanted) == 1 else None
+    return None if order is None else [d % len(order) for d in order]  # type: ignore[operator]

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From top to bottom, by the first name under fmecompile. A module imports from its own layer and from lower ones.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "__main__", "api", "calibrate", "cli", "compat", "demo"),
+    ("__init__", "__main__", "api", "bisect", "calibrate", "cli", "compat", "demo"),
     ("offline",),
     ("explain",),
     ("backends",),
@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("analysis",),
     ("operators", "capture"),
     ("graph",),
+    ("kernels",),
     ("runtime",),
     ("reuse",),
     ("report",),

@@ -36,6 +36,9 @@ from fmecompile.analysis.verify import measured_peak_bytes
 from fmecompile.errors import CaptureError
 from fmecompile.graph.program import compute_nodes
 from fmecompile.graph.specs import TensorSpec
+from fmecompile.kernels.geglu import GEGLU
+from fmecompile.kernels.group_norm import GROUP_NORM_APPLY
+from fmecompile.kernels.temporal_attention import TEMPORAL_ATTENTION
 from fmecompile.operators import RULES
 from fmecompile.operators.registry import Axis, Call, Halo, Operand, OperatorRule, Result, tensor
 from fmecompile.operators.shape import blocks
@@ -208,6 +211,15 @@ REFUSED: list[tuple[Any, Sample, set[int], set[int], str]] = [
         set(),
         "grouped heads",
     ),
+    (
+        TEMPORAL_ATTENTION,
+        (tensor(2, 5, 3, 2, 4), tensor(2, 5, 3, 2, 4), tensor(2, 5, 3, 2, 4)),
+        {4},
+        {0, 1, 2, 3},
+        "mixes",
+    ),
+    (GEGLU, (tensor(4, 6, 10),), {2}, {0, 1}, "halves"),
+    (GROUP_NORM_APPLY, (tensor(3, 8, 4), tensor(2, 3, 2), None, None, True), {1}, {0, 2}, "channels"),
     (aten.cat.default, ([tensor(4, 3), tensor(4, 3)], 1), {1}, {0}, "joined"),
     (aten.slice.Tensor, (tensor(4, 6), 1, 2, 5), {1}, {0}, "cut out"),
     (aten.flip.default, (tensor(4, 6), [1]), {1}, {0}, "reversed"),
@@ -242,6 +254,9 @@ def test_refusals_stand_beside_acceptances(
         (aten.scaled_dot_product_attention.default, (tensor(2, 6, 8), tensor(2, 6, 8), tensor(2, 6, 8)), 1, {1, 2}),
         (aten.scaled_dot_product_attention.default, (tensor(2, 6, 8), tensor(2, 6, 8), tensor(2, 6, 8)), 2, {1, 2}),
         (aten.scaled_dot_product_attention.default, (tensor(2, 6, 8), tensor(2, 6, 8), tensor(2, 6, 8)), 0, {2}),
+        (TEMPORAL_ATTENTION, (tensor(2, 5, 3, 2, 4), tensor(2, 6, 3, 2, 4), tensor(2, 6, 3, 2, 4)), 0, {4}),
+        (TEMPORAL_ATTENTION, (tensor(2, 5, 3, 2, 4), tensor(2, 6, 3, 2, 4), tensor(2, 6, 3, 2, 4)), 1, {1, 4}),
+        (TEMPORAL_ATTENTION, (tensor(2, 5, 3, 2, 4), tensor(2, 6, 3, 2, 4), tensor(2, 6, 3, 2, 4)), 2, {1, 4}),
         (aten.bmm.default, (tensor(4, 3, 5), tensor(4, 5, 6)), 1, {1, 2}),
         (aten.linear.default, (tensor(4, 6, 5), tensor(5, 5)), 0, {2}),
         (aten.linear.default, (tensor(4, 6, 5), tensor(5, 5)), 1, {0, 1}),
@@ -404,6 +419,20 @@ def _keys_kept(call: Call, query: Operand, key: Operand, value: Operand, *_: Any
     return call.result([None, query.axes[-2], None])
 
 
+def _key_frames_kept(call: Call, query: Operand, key: Operand, value: Operand, *_: Any) -> Result:
+    assert all(call.same(query.axes[1], operand.axes[1]) for operand in (key, value))
+    for operand in (query, key, value):
+        call.keep(operand, [1])
+    return call.result([None, query.axes[1], None, None, None])
+
+
+def _gates_kept(call: Call, x: Operand, *_: Any) -> Result:
+    """The halves next to each other, not one behind the other."""
+    parts = call.split(x.axes[-1], [call.shape[-1], 2]) or [(), ()]
+    call.keep(x, [x.ndim - 1])
+    return call.result([None, parts[0]])
+
+
 def _cat_kept(call: Call, tensors: Sequence[Operand], dim: int) -> Result:
     """[row, which] where it is [which, row]."""
     first, second = tensors
@@ -454,6 +483,14 @@ WRONG: list[tuple[str, Any, Callable[..., Result], Sample, set[str]]] = [
         (tensor(2, 4, 3), tensor(2, 4, 3), tensor(2, 4, 3)),
         {"chunks", "poison"},
     ),
+    (
+        "frames of keys kept",
+        TEMPORAL_ATTENTION,
+        _key_frames_kept,
+        (tensor(2, 4, 3, 2, 5), tensor(2, 4, 3, 2, 5), tensor(2, 4, 3, 2, 5)),
+        {"chunks", "poison"},
+    ),
+    ("gates kept", GEGLU, _gates_kept, (tensor(4, 12),), {"chunks", "poison"}),
     (
         "padded dimension kept",
         aten.conv2d.default,

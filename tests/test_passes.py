@@ -25,19 +25,25 @@ from fmecompile.graph.program import Binding, Coefficient, Constant, Input, Kept
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.operators.registry import tensor
 from fmecompile.partition.partition import Partitioner
+from fmecompile.passes.accept_strides import AcceptStrides
 from fmecompile.passes.chunk_loops import ChunkLoops
 from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
 from fmecompile.passes.fold_constants import FoldConstants
 from fmecompile.passes.fuse_norm import FuseNorm
+from fmecompile.passes.kernels import Kernels
+from fmecompile.passes.late_expand import LateExpand
 from fmecompile.passes.one_key import OneKey
 from fmecompile.passes.prologue import Prologue
+from fmecompile.passes.reader_layout import ReaderLayout
 from fmecompile.passes.recompute import Recompute
 from fmecompile.passes.relax_views import RelaxViews
 from fmecompile.passes.sink_producers import SinkProducers
+from fmecompile.passes.spatial_layout import SpatialLayout
 from fmecompile.passes.spill import Spill, Wait
 from fmecompile.passes.step_reuse import Cut, StepReuse
 from fmecompile.passes.two_pass_norm import TwoPassNorm
+from fmecompile.passes.write_through import WriteThrough
 from fmecompile.pipeline import PASSES, Compilation, finish, pass_name
 from fmecompile.runtime.chunk_loop import ChunkLoop, LoopSpec, Narrow, Slicing
 from fmecompile.runtime.executable import Executable
@@ -102,7 +108,8 @@ def spec_text(spec: LoopSpec) -> str:
     for k, output in enumerate(spec.outputs):
         into = "a new tensor" if output.takes is None else f"operand {output.takes}"
         into = "host memory" if output.host_of is not None else into
-        lines.append(f"  output {k}: {slicing_text(output.slicing)}; {list(output.shape)} into {into}\n")
+        by = ", written by bodies" if output.is_written else ""
+        lines.append(f"  output {k}: {slicing_text(output.slicing)}; {list(output.shape)} into {into}{by}\n")
     return "".join(lines)
 
 
@@ -324,12 +331,84 @@ def attended(x: torch.Tensor, c: torch.Tensor, q: torch.Tensor, v: torch.Tensor)
     return F.scaled_dot_product_attention(queries, values, values).transpose(1, 2).reshape(4, 6) + x
 
 
+def attended_in_clips(x: torch.Tensor, c: torch.Tensor, q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    queries, values = (F.linear(t, w).view(2, -1, 2, 3).transpose(1, 2) for t, w in ((x, q), (c, v)))
+    return F.scaled_dot_product_attention(queries, values, values).transpose(1, 2).reshape(2, 4, 6) + x
+
+
 def conditioned(x: torch.Tensor, c: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """What is made of ``c`` alone is the same at every step; its sine takes no work worth the bytes."""
     return F.silu(x) * F.linear(c.exp(), w) + c.sin()
 
 
+def activated_norm(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return F.silu(F.group_norm(x, 2, w, b, 1e-6))
+
+
+def gated(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    value, gate = F.linear(x, w).chunk(2, -1)
+    return value * F.gelu(gate, approximate="tanh")
+
+
+def gated_by_the_first_half(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    gate, value = F.linear(x, w).chunk(2, -1)
+    return F.gelu(gate) * value
+
+
+def blended(a: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    alpha = a.sigmoid()
+    return alpha * s + (1.0 - alpha) * (t.exp() + t)
+
+
+def temporal_attention(h: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Two heads."""
+    shape = (*h.shape[:-1], 2, h.shape[-1] // 2)
+    rows, values = F.linear(h, q).view(shape).transpose(1, 2), h.view(shape).transpose(1, 2)
+    return F.scaled_dot_product_attention(rows, values, values).transpose(1, 2).reshape(h.shape)
+
+
+def temporal_layer(x: torch.Tensor, q: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+    """Two clips of three frames with four tokens."""
+    h = x[None, :].reshape(2, 3, 4, 6).permute(0, 2, 1, 3).reshape(8, 3, 6)
+    h = h + temporal_attention(F.layer_norm(h, (6,)), q)
+    h = h + F.linear(F.silu(h), o)
+    return h[None, :].reshape(2, 4, 3, 6).permute(0, 2, 1, 3).reshape(6, 4, 6)
+
+
+def layer_read_elsewhere(x: torch.Tensor) -> Any:
+    """A value in the layout of sequences is returned too, so moving the layer would make it twice."""
+    h = F.silu(x.reshape(2, 3, 4, 6).permute(0, 2, 1, 3).reshape(8, 3, 6))
+    return h, h.exp().reshape(2, 4, 3, 6).permute(0, 2, 1, 3).reshape(6, 4, 6)
+
+
+ALL_KERNELS = Kernels(everywhere=True)
+CLIPS = (noise(6, 4, 6),)
+GATE = (noise(10, 6, seed=1),)
+QUERY, OUT = noise(6, 6, seed=1), noise(6, 6, seed=2)
+CASES += [
+    Golden(
+        ALL_KERNELS,
+        "norm_and_silu",
+        lambda x, w, b: F.silu(F.group_norm(x, 2, w, b, 1e-6)),
+        X4,
+        AFFINE,
+        first=(TwoPassNorm(),),
+    ),
+    Golden(ALL_KERNELS, "norm_alone", lambda x: F.group_norm(x, 2) * 2, X4, first=(TwoPassNorm(),)),
+    Golden(ALL_KERNELS, "gated_halves", gated, (noise(4, 6),), GATE, first=(RelaxViews(),)),
+    Golden(ALL_KERNELS, "gated_the_other_way", gated_by_the_first_half, (noise(4, 6),), GATE, (RelaxViews(),), True),
+    Golden(ALL_KERNELS, "blend_and_residual", blended, (noise(4, 1), noise(4, 6), noise(4, 6, seed=1))),
+    Golden(ALL_KERNELS, "blend_of_a_smaller_branch", blended, (noise(4, 1), noise(6), noise(4, 6, seed=1)), idle=True),
+    Golden(ALL_KERNELS, "few_frames", temporal_attention, (noise(4, 3, 6),), (QUERY,)),
+    Golden(ALL_KERNELS, "many_frames", temporal_attention, (noise(2, 65, 6),), (QUERY,), idle=True),
+    Golden(Kernels(), "on_a_cpu", gated, (noise(4, 6),), GATE, (RelaxViews(),), True),
+    Golden(SpatialLayout(), "temporal_layer", temporal_layer, CLIPS, (QUERY, OUT), (RelaxViews(), ALL_KERNELS)),
+    Golden(SpatialLayout(), "read_elsewhere", layer_read_elsewhere, CLIPS, first=(RelaxViews(),), idle=True),
+    Golden(SpatialLayout(), "attention_of_a_library", temporal_layer, CLIPS, (QUERY, OUT), (RelaxViews(),), True),
+]
+
 SQUARES = (noise(6, 6, seed=5), noise(6, 6, seed=6))
+ROWS = (noise(2, 1, 6),)
 MIDDLE = (Cut("middle", "exp", "middle"),)
 CASES += [
     Golden(OneKey(), "one_row", attended, (noise(4, 6), noise(1, 6, seed=1)), SQUARES),
@@ -344,6 +423,51 @@ CASES += [
         (noise(4, 6), noise(6, seed=1)),
         SQUARES[:1],
         idle=True,
+    ),
+    Golden(OneKey(), "heads_are_joined", attended_in_clips, (noise(2, 4, 6), noise(2, 1, 6, seed=1)), SQUARES),
+    Golden(LateExpand(), "equal_rows", lambda x, w: F.linear(x.expand(2, 4, 6), w).exp(), ROWS, SQUARES[:1]),
+    Golden(
+        LateExpand(),
+        "twice_and_merged",
+        lambda x, w, v: (
+            F.linear(F.linear(x[:, None].expand(2, 3, 1, 6).reshape(6, 1, 6), w).expand(6, 4, 6), v).exp().contiguous()
+        ),
+        ROWS,
+        SQUARES,
+    ),
+    Golden(
+        LateExpand(), "features", lambda x, w: F.linear(x[..., :1].expand(2, 4, 6), w), ROWS, SQUARES[:1], idle=True
+    ),
+    Golden(AcceptStrides(), "a_residual", lambda x, r: x.mT.contiguous() + r, (noise(2, 4, 6), noise(2, 6, 4, seed=1))),
+    Golden(
+        AcceptStrides(),
+        "a_product_of_another_layout",
+        lambda x, r: x.mT.contiguous() * r.mT - x.mT.contiguous(),
+        (noise(2, 4, 6), noise(2, 4, 6, seed=1)),
+        idle=True,
+    ),
+    Golden(
+        TwoPassNorm(),
+        "permuted",
+        lambda x, w, b: F.group_norm(x, 2, w, b, 1e-6).permute(0, 2, 3, 1).contiguous(),
+        X4,
+        AFFINE,
+    ),
+    Golden(
+        FuseNorm(),
+        "permuted",
+        lambda x, w, b: F.group_norm(x, 2, w, b, 1e-6).permute(0, 2, 3, 1).contiguous(),
+        X4,
+        AFFINE,
+        first=(TwoPassNorm(),),
+    ),
+    Golden(
+        FuseNorm(),
+        "of_a_permuted_operand",
+        lambda x, w, b: F.group_norm(x.permute(0, 1, 3, 2), 2, w, b, 1e-6).sum(1),
+        X4,
+        AFFINE,
+        first=(TwoPassNorm(),),
     ),
     Golden(StepReuse(MIDDLE), "full", skipped),
     Golden(StepReuse(MIDDLE, frozenset({"middle"})), "shallow", skipped),
@@ -457,7 +581,7 @@ def test_every_pass_has_golden_files() -> None:
     assert {pass_name(item) for item in PASSES} <= files
     assert {path.relative_to(GOLDEN) for path in GOLDEN.rglob("*.txt")} == {
         *(golden.path.relative_to(GOLDEN) for golden in CASES),
-        *(Path("chunk-loops") / f"{name}.txt" for name in LOOPS),
+        *(Path(case.folder) / f"{name}.txt" for name, case in LOOPS.items()),
     }
 
 
@@ -483,13 +607,38 @@ def rows(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     return torch.tanh(F.conv2d(F.silu(x), c, padding=1))
 
 
+def in_place(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    """The sum takes over the storage of the operand in front of it."""
+    return mlp(x.exp(), *weights)
+
+
+def read_again(x: torch.Tensor) -> Any:
+    """Two results of the loop: the one that takes over the operand is not written before the other has read it."""
+    h = x.exp()
+    y = torch.sigmoid(h) * 2
+    return y, torch.tanh(h) + y
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    """Each trip's result fills the bytes of its operand, and reads them in another order."""
+    h = x.exp()
+    return torch.tanh(h) + h.transpose(1, 2)
+
+
+def to_sequences(x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    """Frames, tokens and features to tokens, frames and features."""
+    h = (x + 1).permute(1, 0, 2)
+    return F.layer_norm(h, (6,), n) + h
+
+
 SKIP = (("silu", "cat"),)
 
 
 @dataclass(frozen=True)
 class LoopCase:
     """Operators between two names, looped over parts ``(dimension, atom)`` of the last one, ``chunk`` rows a trip.
-    ``spilled`` are the cuts of values that wait in host memory."""
+    ``spilled`` are the cuts of values that wait in host memory; ``folder`` is the pass that rewrites the bodies, or the
+    one that puts the loop in place."""
 
     function: Callable[..., Any]
     inputs: tuple[torch.Tensor, ...]
@@ -499,6 +648,7 @@ class LoopCase:
     axes: tuple[tuple[int, int], ...]
     chunk: int
     spilled: tuple[Wait, ...] = ()
+    folder: str = "chunk-loops"
 
 
 MLP = ((noise(5, 6),), (noise(6, seed=1), noise(9, 6, seed=2), noise(6, 9, seed=3)))
@@ -510,6 +660,17 @@ LOOPS: dict[str, LoopCase] = {
     "rows_through_a_convolution": LoopCase(rows, (noise(1, 2, 9, 4),), (CONV[:2, :2],), "silu", "tanh", ((2, 0),), 3),
     "writes_to_host_memory": LoopCase(skipped, (noise(4, 6),), (), "silu", "tanh", ((0, 0),), 3, SKIP),
     "reads_back_from_host_memory": LoopCase(skipped, (noise(4, 6),), (), "tanh", "cat", ((0, 0),), 3, SKIP),
+    "last_call": LoopCase(mlp, *MLP, "layer_norm", "add", ((0, 0),), 2, folder="write-through"),
+    "over_its_operand": LoopCase(in_place, *MLP, "layer_norm", "add", ((0, 0),), 2, folder="write-through"),
+    "read_again_later": LoopCase(
+        read_again, (noise(4, 4),), (), "sigmoid", "add", ((0, 0),), 2, folder="write-through"
+    ),
+    "over_a_transposed_operand": LoopCase(
+        transposed, (noise(3, 4, 4),), (), "tanh", "add", ((0, 0),), 2, folder="write-through"
+    ),
+    "frames_to_sequences": LoopCase(
+        to_sequences, (noise(3, 4, 6),), (noise(6, seed=1),), "add", "add_1", ((0, 0),), 2, folder="reader-layout"
+    ),
 }
 
 
@@ -528,13 +689,17 @@ def test_golden_loops(name: str, update_golden: bool) -> None:
     passes = (DropNoops(), RelaxViews(), EliminateCommon(), TwoPassNorm(), Spill(spec.spilled))
     program = captured(case, spec.inputs, passes)
     before, want = text_of(program.graph), run(program, case, spec.inputs)
-    group = grouped(program, spec)
-    loops = ChunkLoops([group]).apply(program)
+    groups = [grouped(program, spec)]
+    if spec.folder == "reader-layout":
+        groups, _ = ReaderLayout(groups).apply(FACTS)
+    if spec.folder == "write-through":
+        groups, _ = WriteThrough(groups).apply(program, FACTS)
+    loops = ChunkLoops(groups).apply(program)
     check(program)
     assert_same(run(program, case, spec.inputs, loops), want)
     bodies = "".join(f"\n{loop_text(*item)}" for item in loops.items())
     text = f"before\n{before}\nafter: {len(loops)} loops\n{text_of(program.graph)}{bodies}"
-    compare(GOLDEN / "chunk-loops" / f"{name}.txt", text, update_golden)
+    compare(GOLDEN / spec.folder / f"{name}.txt", text, update_golden)
 
 
 def test_a_norm_inside_a_body_is_joined_again() -> None:

@@ -154,5 +154,26 @@ def copy_into(
     return new
 
 
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A copy with nodes of its own."""
+    new = fx.Graph()
+    new.output(new.graph_copy(graph, {}))
+    return new
+
+
+def add_operand(graph: fx.Graph, name: str, spec: Any) -> fx.Node:
+    """A new placeholder of a loop's body, behind the present ones."""
+    anchor = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(anchor):
+        node = graph.placeholder(name)
+    node.meta[SPEC] = spec
+    return node
+
+
+def return_values(graph: fx.Graph, values: tuple[Any, ...]) -> None:
+    """Let a loop's body return ``values``."""
+    next(iter(reversed(graph.nodes))).args = (values,)
+
+
 def set_spec(node: fx.Node, spec: Any) -> None:
     node.meta[SPEC] = spec

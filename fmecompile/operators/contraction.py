@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fmecompile.graph.specs import node_spec
+from fmecompile.kernels.temporal_attention import TEMPORAL_ATTENTION
 from fmecompile.operators.pointwise import broadcast
 from fmecompile.operators.registry import Axis, Call, Halo, Operand, Result, axis_rule, tensor
 
@@ -126,6 +127,27 @@ def attention(
     return call.result([*axes, rows, None], "attention mixes it")
 
 
+@axis_rule(
+    TEMPORAL_ATTENTION,
+    samples=(
+        (tensor(2, 4, 3, 2, 5), tensor(2, 4, 3, 2, 5), tensor(2, 4, 3, 2, 5)),
+        (tensor(2, 3, 4, 1, 5), tensor(2, 6, 4, 1, 5), tensor(2, 6, 4, 1, 5), 0.5),
+    ),
+)
+def temporal_attention(call: Call, query: Operand, key: Operand, value: Operand, *_: Any) -> Result:
+    """(B, T, S, H, D), (B, K, S, H, D) twice -> (B, T, S, H, D). Keeps B, T, S and H; keys and values whole in K."""
+    axes: list[Axis | None] = []
+    for d, axis in enumerate(query.axes[:-1]):
+        shared = [] if d == 1 else [key, value]
+        if not all(call.same(axis, operand.axes[d]) for operand in shared):
+            axes.append(None)
+            continue
+        for operand in (query, *shared):
+            call.keep(operand, [d])
+        axes.append(axis)
+    return call.result([*axes, None], "attention mixes it")
+
+
 def products(node: fx.Node) -> int:
     """How many products a convolution, or a matrix product with a weight, sums up; 0 for other calls."""
     if node.target not in _WEIGHTED:
@@ -136,13 +158,16 @@ def products(node: fx.Node) -> int:
 
 def all_products(node: fx.Node) -> int:
     """:func:`products`, and those of attention and of products of two activations."""
-    if node.target is aten.scaled_dot_product_attention.default:
+    if node.target in _KEYS:
         query, key, value = (node_spec(n) for n in node.args[:3])  # type: ignore[arg-type]
-        return prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        return prod(query.shape[:-1]) * key.shape[_KEYS[node.target]] * (query.shape[-1] + value.shape[-1])
     if node.target in _OF_ACTIVATIONS:
         return node_spec(node).numel * node_spec(node.args[-2]).shape[-1]  # type: ignore[arg-type]
     return products(node)
 
+
+_KEYS = {aten.scaled_dot_product_attention.default: -2, TEMPORAL_ATTENTION: 1}
+"""Attentions, and the dimension that the keys lie along."""
 
 _OF_ACTIVATIONS = (aten.bmm.default, aten.matmul.default, aten.addmm.default)
 _WEIGHTED = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)

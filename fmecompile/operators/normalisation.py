@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fmecompile.kernels.group_norm import GROUP_NORM_MOMENTS
 from fmecompile.operators.registry import Call, Operand, Result, axis_rule, tensor
 from fmecompile.runtime.norms import group_norm_moments, group_norm_statistics
 
@@ -23,7 +24,11 @@ def group_norm(call: Call, x: Operand, num_groups: int, *_: Any) -> Result:
     return call.result([x.axes[0]] + [None] * (x.ndim - 1), f"GroupNorm({num_groups}) takes statistics over it")
 
 
-@axis_rule(group_norm_moments, samples=((tensor(4, 8, 6, 5), 2), (tensor(3, 8, 5), 4), (tensor(1, 8, 3, 4, 5), 4)))
+@axis_rule(
+    group_norm_moments,
+    GROUP_NORM_MOMENTS,
+    samples=((tensor(4, 8, 6, 5), 2), (tensor(3, 8, 5), 4), (tensor(1, 8, 3, 4, 5), 4)),
+)
 def moments(call: Call, x: Operand, *_: Any) -> Result:
     """(N, C, D1, ..., Dk) -> (2, N, G, D1, ..., Dk-1). Keeps N and D1 to Dk-1."""
     call.keep(x, [0, *range(2, x.ndim - 1)])

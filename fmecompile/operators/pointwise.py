@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from fmecompile.kernels.blend import BLEND
+from fmecompile.kernels.geglu import GEGLU
+from fmecompile.kernels.group_norm import GROUP_NORM_APPLY
 from fmecompile.operators.registry import Axis, Call, Operand, Result, axis_rule, tensor
 from fmecompile.runtime.host import to_device, to_host
 from fmecompile.runtime.norms import group_norm_apply
@@ -100,18 +103,33 @@ pointwise(aten.where.self, samples=((tensor(4, 6, 5, dtype=torch.bool), tensor(6
 pointwise(aten.addcmul.default, samples=((tensor(6, 1), tensor(4, 6, 5), tensor(6, 1)),))
 pointwise(aten.lerp.Scalar, samples=((tensor(4, 6, 5), tensor(4, 6, 5), 0.25),))
 pointwise(aten.lerp.Tensor, samples=((tensor(4, 6, 5), tensor(4, 6, 5), tensor(6, 1)),))
-
-
-@axis_rule(
-    group_norm_apply,
+pointwise(
+    BLEND,
     samples=(
-        (tensor(3, 8, 4, 6), tensor(2, 3, 2), tensor(8), tensor(8)),
-        (tensor(3, 8, 5), tensor(2, 3, 4), None, None),
-        (tensor(1, 8, 5), tensor(2, 1, 4), tensor(8), None),
+        (tensor(4, 1, 1), tensor(4, 6, 5), tensor(4, 6, 5), tensor(4, 6, 5)),
+        (tensor(1), tensor(4, 6, 5), tensor(6, 5)),
     ),
 )
+
+
+@axis_rule(GEGLU, samples=((tensor(4, 6, 10),), (tensor(4, 10), True)))
+def geglu(call: Call, x: Operand, *_: Any) -> Result:
+    """(*, 2n) -> (*, n). Keeps *; an element of the result reads one of either half."""
+    call.keep(x, range(x.ndim - 1))
+    return call.result([*x.axes[:-1], None], "its two halves are joined")
+
+
+_APPLIED = (
+    (tensor(3, 8, 4, 6), tensor(2, 3, 2), tensor(8), tensor(8)),
+    (tensor(3, 8, 5), tensor(2, 3, 4), None, None),
+    (tensor(1, 8, 5), tensor(2, 1, 4), tensor(8), None),
+)
+
+
+@axis_rule(GROUP_NORM_APPLY, samples=(*_APPLIED, (tensor(3, 8, 4, 6), tensor(2, 3, 2), None, tensor(8), True)))
+@axis_rule(group_norm_apply, samples=_APPLIED)
 def apply_rule(
-    call: Call, x: Operand, statistics: Operand, weight: Operand | None = None, bias: Operand | None = None
+    call: Call, x: Operand, statistics: Operand, weight: Operand | None = None, bias: Operand | None = None, *_: Any
 ) -> Result:
     """(N, C, *), (2, N, G) -> (N, C, *). Keeps N and *; channels stay whole, as they are matched to groups."""
     del weight, bias

@@ -15,12 +15,19 @@ from fmecompile.analysis.cost import Cost, cost_of, rates_for
 from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.storages import Storages
 from fmecompile.graph.specs import TensorSpec, node_spec, specs_in
+from fmecompile.kernels.group_norm import GROUP_NORM_APPLY, GROUP_NORM_MOMENTS
 from fmecompile.passes.fuse_norm import norm_call
 from fmecompile.runtime.norms import group_norm_apply, group_norm_moments, group_norm_statistics
 from fmecompile.runtime.rates import Rates
 
 aten = torch.ops.aten
-NORM_PARTS = (group_norm_moments, group_norm_statistics, group_norm_apply)
+NORM_PARTS = (
+    group_norm_moments,
+    group_norm_statistics,
+    group_norm_apply,
+    GROUP_NORM_MOMENTS,
+    GROUP_NORM_APPLY,
+)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """The chunk loop: one group of operators run over slices of its loop axes, in bounded memory.
 
 A loop nest of axes, outermost first; all but the innermost advance one row at a time, the innermost ``chunk`` rows
-with a shorter tail. Each trip slices what it reads, with a halo where a kernel reaches over its border, runs a body and
-writes its slice of every output. Trips of the same shape share a body: full chunks, the tail, and with halos the chunks
-at the borders. Outputs are allocated once, or take over the storage of an input that dies in the loop; never a list and
-a concatenation.
+with a shorter tail. Each trip slices what it reads, with a halo where a kernel reaches over its border, and runs a
+body, which writes its slice of an output, or has it copied there. Trips of the same shape share a body: full chunks,
+the tail, and with halos the chunks at the borders. Outputs are allocated once, or take over the storage of an input
+that dies in the loop; never a list and a concatenation.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Slicing:
 class Output:
     """One result of the loop, with the strides it has outside loops: laid over the storage of the operand ``takes``, or
     allocated where the operand ``like`` is, or on ``device`` where no operand is there; or in host memory where it
-    waits for the device ``host_of``.
+    waits for the device ``host_of``. Bodies write their slice of what ``is_written``, and take it as an operand more.
     """
 
     slicing: Slicing
@@ -85,6 +85,7 @@ class Output:
     device: torch.device | None = None
     takes: int | None = None
     host_of: torch.device | None = None
+    is_written: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class ChunkLoop(nn.Module):
         self.spec = spec
         self.bodies = nn.ModuleList(bodies)
         self._sliced = tuple((i, slicing) for i, slicing in enumerate(spec.slicings) if slicing is not None)
+        self._written = [k for k, output in enumerate(spec.outputs) if output.is_written]
         self._trips = self._plan_trips()
 
     def _plan_trips(self) -> Trips:
@@ -147,12 +149,14 @@ class ChunkLoop(nn.Module):
         for kind, reads, writes in trips:
             for (i, tensor), span in zip(readable, reads, strict=True):
                 pieces[i] = _narrowed(tensor, span)
-            written = zip(self.spec.outputs, writable, bodies[kind](*pieces), writes, strict=True)
-            for output, target, value, span in written:
-                piece = _narrowed(target, span)
-                value = value.view(piece.shape) if value.shape != piece.shape else value
-                copy_out(piece, value) if output.host_of else piece.copy_(value)
-            value = piece = written = None  # the next trip must not find this one's values alive
+            targets = [_narrowed(tensor, span) for tensor, span in zip(writable, writes, strict=True)]
+            into = [targets[k] for k in self._written]
+            values = zip(self.spec.outputs, targets, bodies[kind](*pieces, *into), strict=True)
+            for output, target, value in values:
+                if not output.is_written:
+                    value = value.view(target.shape) if value.shape != target.shape else value
+                    copy_out(target, value) if output.host_of else target.copy_(value)
+            value = values = None  # the next trip must not find this one's values alive
         return outputs
 
 

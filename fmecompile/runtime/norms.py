@@ -8,7 +8,7 @@ join by the formula of Chan, Golub and LeVeque (1983): ``mean = mean(mean_i)`` a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -77,15 +77,68 @@ def group_norm_apply(
     statistics: torch.Tensor,
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    order: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """(N, C, *), (2, N, G) -> (N, C, *): normalise with statistics from :func:`group_norm_statistics`."""
-    per_group = x.shape[1] // statistics.shape[2]
-    mean, scale = statistics.repeat_interleave(per_group, 2)
+    """(N, C, *), (2, N, G) -> (N, C, *): normalise with statistics from :func:`group_norm_statistics`.
+
+    The result is laid out as ``x``; or ``order`` has its dimensions from the outermost to the innermost in memory.
+    """
+    if order is not None:
+        return _apply_into(empty_in(x, order), x, statistics, weight, bias)
+    shift, scale = _affine(x, statistics, weight, bias)
+    return torch.addcmul(shift, x, scale).to(x.dtype)
+
+
+def empty_in(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """Memory for a tensor like ``x``, its dimensions in ``order`` from the outermost to the innermost."""
+    return x.new_empty([x.shape[d] for d in order]).permute([list(order).index(d) for d in range(x.ndim)])
+
+
+def _apply_into(
+    result: torch.Tensor,
+    x: torch.Tensor,
+    statistics: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Write :func:`group_norm_apply` to ``result``, in pieces where that is narrower than what it is computed in."""
+    is_wide = statistics.dtype == x.dtype
+    row_bytes = x[:1, :, :1].numel() * statistics.dtype.itemsize
+    rows = x.shape[2] if is_wide else max(_PIECE_BYTES // row_bytes, 1)
+    for n in range(1 if is_wide else x.shape[0]):
+        samples = slice(None) if is_wide else slice(n, n + 1)
+        shift, scale = _affine(x[samples], statistics[:, samples], weight, bias)
+        for part, target in zip(x[samples].split(rows, 2), result[samples].split(rows, 2), strict=True):
+            if is_wide:
+                torch.addcmul(shift, part, scale, out=target)
+            else:
+                target.copy_(torch.addcmul(shift, part, scale))
+    return result
+
+
+def _affine(
+    x: torch.Tensor, statistics: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each channel of ``x`` is shifted by once it is scaled, and its scale."""
+    mean, scale = statistics.repeat_interleave(x.shape[1] // statistics.shape[2], 2)
     if weight is not None:
         scale = scale * weight
     shift = -mean * scale
     if bias is not None:
         shift = shift + bias
     spatial = (1,) * (x.ndim - 2)
-    result = torch.addcmul(shift.view(*shift.shape, *spatial), x, scale.view(*scale.shape, *spatial))
-    return result.to(x.dtype)
+    return shift.view(*shift.shape, *spatial), scale.view(*scale.shape, *spatial)
+
+
+def group_norm_laid_out(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    order: Sequence[int],
+) -> torch.Tensor:
+    """A GroupNorm of (N, C, *) in any layout, without a copy of it; ``order`` has the dimensions of the result from the
+    outermost to the innermost in memory."""
+    statistics = group_norm_statistics(group_norm_moments(x, num_groups), eps)
+    return _apply_into(empty_in(x, order), x, statistics, weight, bias)

@@ -1,0 +1,118 @@
+"""write-through: the body of a loop writes its slice of an output itself, where its last call can.
+
+    before  body(x, w):        h = linear(x, w);  y = add(h, x);             return (y,)     and the loop copies y
+    after   body(x, w, into):  h = linear(x, w);  y = add(h, x, out=into);   return (None,)
+
+An output that takes over the storage of an operand is written so where nothing reads that storage afterwards, and where
+the call itself reads of it just the elements that it writes, each in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fmecompile.analysis.facts import FactTable
+from fmecompile.analysis.storages import storages
+from fmecompile.graph import edit
+from fmecompile.graph.group import Group
+from fmecompile.graph.program import Program, compute_nodes
+from fmecompile.graph.specs import TensorSpec, tensor_spec
+from fmecompile.runtime.chunk_loop import Output
+
+aten = torch.ops.aten
+
+INTO: dict[Any, Any] = {
+    aten.add.Tensor: aten.add.out,
+    aten.sub.Tensor: aten.sub.out,
+    aten.mul.Tensor: aten.mul.out,
+    aten.div.Tensor: aten.div.out,
+    aten.silu.default: aten.silu.out,
+    aten.gelu.default: aten.gelu.out,
+}
+"""Calls that compute each element by itself, straight into memory of any layout."""
+
+
+@dataclass(frozen=True)
+class WriteThrough:
+    """Rewrite the bodies of ``groups``, which are those of a program before its loops are in place."""
+
+    groups: Sequence[Group]
+
+    def apply(self, program: Program, facts: FactTable) -> tuple[list[Group], str]:
+        """The groups with bodies that write, and what that saves."""
+        roots = storages(compute_nodes(program.graph), program.outputs, facts).roots
+        written = [_written(group, roots, facts) for group in self.groups]
+        outputs = [o for group in written for o in group.spec.outputs if o.is_written]
+        nbytes = sum(torch.Size(o.shape).numel() * o.dtype.itemsize for o in outputs)
+        note = f"{len(outputs)} outputs written by bodies, {nbytes >> 20} MiB not copied"
+        return written, note if outputs else "no body can write its output"
+
+
+def _written(group: Group, roots: dict[fx.Node, fx.Node], facts: FactTable) -> Group:
+    chosen = [
+        k
+        for k, output in enumerate(group.spec.outputs)
+        if all(_can_write(body, k, output, _sharing(group, output, roots), facts) for body in group.bodies)
+    ]
+    if not chosen:
+        return group
+    outputs = tuple(replace(o, is_written=k in chosen) for k, o in enumerate(group.spec.outputs))
+    bodies = tuple(_writing(body, chosen, outputs) for body in group.bodies)
+    return replace(group, spec=replace(group.spec, outputs=outputs), bodies=bodies)
+
+
+def _sharing(group: Group, output: Output, roots: dict[fx.Node, fx.Node]) -> set[int]:
+    """The operands that lie in the storage which ``output`` takes over."""
+    if output.takes is None:
+        return set()
+    taken = group.operands[output.takes]
+    return {i for i, node in enumerate(group.operands) if roots.get(node, node) is roots.get(taken, taken)}
+
+
+def _can_write(body: fx.Graph, k: int, output: Output, sharing: set[int], facts: FactTable) -> bool:
+    value = _values(body)[k]
+    if output.host_of is not None or output.slicing.shape is not None or value.target not in INTO:
+        return False
+    if len(value.users) > 1 or tensor_spec(value).dtype != output.dtype:
+        return False
+    return not sharing or _is_last(body, value, output, sharing, facts)
+
+
+def _is_last(body: fx.Graph, value: fx.Node, output: Output, sharing: set[int], facts: FactTable) -> bool:
+    """Whether ``value`` reads the storage that it is to overwrite last, and element by element."""
+    nodes = compute_nodes(body)
+    roots = storages(nodes, _values(body), facts).roots
+    places = [place for i, place in enumerate(_places(body)) if i in sharing]
+    readers = [node for node in nodes if any(roots.get(n, n) in places for n in node.all_input_nodes)]
+    if nodes.index(value) < max(map(nodes.index, readers), default=0):
+        return False
+    read = [n for n in value.all_input_nodes if roots.get(n, n) in places]
+    return all((tensor_spec(n).shape, tensor_spec(n).stride) == (tensor_spec(value).shape, output.stride) for n in read)
+
+
+def _writing(body: fx.Graph, chosen: Sequence[int], outputs: Sequence[Output]) -> fx.Graph:
+    """A copy of ``body`` with an operand more for each of ``chosen``, which it writes."""
+    graph = edit.copied(body)
+    values: list[Any] = list(_values(graph))
+    for k in chosen:
+        value = values[k]
+        made = tensor_spec(value)
+        spec = TensorSpec(made.shape, outputs[k].stride, made.dtype, made.device)
+        into = edit.add_operand(graph, f"into_{k}", spec)
+        edit.retarget(value, INTO[value.target], value.args, {**value.kwargs, "out": into})
+        values[k] = None
+    edit.return_values(graph, tuple(values))
+    return graph
+
+
+def _places(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _values(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    return next(iter(reversed(graph.nodes))).args[0]  # type: ignore[return-value]
