@@ -22,7 +22,7 @@ import fmecompile.passes
 from docs import drawing
 from fmecompile.graph.plan import Plan
 from fmecompile.operators import RULES
-from fmecompile.pipeline import PASSES, pass_name
+from fmecompile.pipeline import KERNEL_PASSES, PASSES, pass_name
 from fmecompile.reuse.faster_cache import FasterCache
 from fmecompile.reuse.policy import StaticPolicy
 from fmecompile.reuse.pyramid_attention import PyramidAttention
@@ -45,8 +45,9 @@ chunk-and-compare.
 _PASSES = """
 ## Passes
 
-In the order in which they run: {order}; then the partition, which decides; then `chunk-loops` and `fuse-norm`. The
-partition asks for `recompute` and `spill` where they help, step reuse for `prologue` and `step-reuse`.
+In the order in which they run: {order}; then {kernels}, which act where kernels run (`FMECOMPILE_KERNELS`); then the
+partition, which decides; then `reader-layout`, `write-through`, `chunk-loops` and `fuse-norm`. The partition asks for
+`recompute` and `spill` where they help, step reuse for `prologue` and `step-reuse`.
 """
 
 
@@ -73,9 +74,19 @@ def planned(plan: Plan) -> dict[str, str]:
 
 def reference() -> str:
     """The page of operators and passes."""
-    order = ", ".join(f"`{pass_name(item)}`" for item in PASSES)
-    parts = [_HEAD, _OPERATORS.format(count=len(RULES)), *families(), _PASSES.format(order=order), *passes()]
+    order, kernels = (_named(listed) for listed in (PASSES, KERNEL_PASSES["auto"]))
+    parts = [
+        _HEAD,
+        _OPERATORS.format(count=len(RULES)),
+        *families(),
+        _PASSES.format(order=order, kernels=kernels),
+        *passes(),
+    ]
     return "\n".join(part.strip("\n") + "\n" for part in parts)
+
+
+def _named(listed: Sequence[object]) -> str:
+    return ", ".join(f"`{pass_name(item)}`" for item in listed)
 
 
 def families() -> Iterable[str]:

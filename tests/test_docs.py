@@ -24,7 +24,7 @@ from fmecompile import config
 from fmecompile.backends.dynamo import OPTIONS
 from fmecompile.errors import FmeError
 from fmecompile.operators import RULES
-from fmecompile.pipeline import PASSES, pass_name
+from fmecompile.pipeline import KERNEL_PASSES, PASSES, pass_name
 from fmecompile.report import bytes_text
 from fmecompile.reuse import Policy
 
@@ -90,7 +90,7 @@ def test_generated_files_are_up_to_date() -> None:
 def test_every_pass_and_operator_is_in_the_reference() -> None:
     page = reference()
     assert all(f"`{operator_name(target)}`" in page for target in RULES)
-    assert all(f"### {pass_name(item)}\n" in page for item in PASSES)
+    assert all(f"### {pass_name(item)}\n" in page for item in (*PASSES, *KERNEL_PASSES["auto"]))
 
 
 def test_what_a_page_lists_is_all_there_is() -> None:
