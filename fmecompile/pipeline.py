@@ -39,6 +39,7 @@ from fmecompile.passes.eliminate_common import EliminateCommon
 from fmecompile.passes.fold_constants import FoldConstants
 from fmecompile.passes.fuse_norm import FuseNorm
 from fmecompile.passes.one_key import OneKey
+from fmecompile.passes.pipeline_chunks import STREAM_BYTES, PipelineChunks
 from fmecompile.passes.relax_views import RelaxViews
 from fmecompile.passes.sink_producers import SinkProducers
 from fmecompile.passes.two_pass_norm import TwoPassNorm
@@ -53,7 +54,7 @@ PASSES = (
     DropNoops(),
     SinkProducers(),
     TwoPassNorm(),
-    # then: partition (the search), chunk-loops (the rewrite by its plan), fuse-norm
+    # then: partition (the search), pipeline-chunks, chunk-loops (the rewrite by the plan), fuse-norm
 )
 
 
@@ -189,12 +190,15 @@ def lower(
     else:
         prepared = prepare(program, facts, limits)
         answer = prepared.partitioner.search(limit_bytes)
+        room = answer.allowed_bytes - (STREAM_BYTES if limit_bytes is not None else 0)
+        answer = PipelineChunks(room).apply(prepared.partitioner, answer)
     compilation.program, partitioner = prepared.program, prepared.partitioner
     program = compilation.program
     compilation.groups = {f"chunk_loop_{k}": group for k, group in enumerate(answer.groups)}
     planned = describe(partitioner, answer)
     trips = f"{len(answer.groups)} groups, {sum(g.trips for g in planned)} chunk trips"
     compilation.done("partition", trips + _tradeoffs(prepared), observe)
+    compilation.done("pipeline-chunks", f"{sum(g.slots > 1 for g in planned)} groups pipelined", observe)
     computed = work(program)
     compilation.loops = dict(ChunkLoops(answer.groups).apply(program))
     compilation.done("chunk-loops", f"{len(compilation.loops)} loops", observe)

@@ -40,6 +40,7 @@ def _described(partitioner: Partitioner, chosen: Chosen, allowed_bytes: int) -> 
         taken_over=sum(output.takes is not None for output in group.spec.outputs),
         extra_s=chosen.extra_s,
         whole_s=sum(cost.whole_s for cost in partitioner.region.costs[candidate.start : candidate.stop]),
+        slots=group.spec.slots,
         because=f"run whole it would hold {chosen.whole_bytes / 2**20:.0f} MiB where {allowed_bytes / 2**20:.0f} "
         f"MiB are allowed; {chosen.choice.trips} trips are the fastest way to fit",
     )
@@ -83,7 +84,7 @@ def _rebuilt(partitioner: Partitioner, planned: PlannedGroup, position: dict[str
     nodes = partitioner.region.nodes
     nest: Nest = tuple(partitioner.axes[nodes[position[a.node]]].axes[a.dim][a.part] for a in planned.axes)
     chunk = planned.axes[-1].chunk
-    group = partitioner.builder.build(start, stop, nest, chunk)
+    group = partitioner.builder.build(start, stop, nest, chunk).with_slots(planned.slots)
     candidate = Candidate(start, stop, nest, planned.peak_bytes, (), size=planned.axes[-1].size)
     peak = partitioner.peak_bytes(start, group)
     candidate.learn(chunk, peak, 0)
