@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fmecompile.graph.group import Group
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.partition.partition import Answer, Chosen, Partitioner
 from fmecompile.runtime.chunk_loop import must_run_in_order
@@ -35,15 +36,19 @@ class PipelineChunks:
         return replace(answer, chosen=tuple(self._pipelined(partitioner, chosen) for chosen in answer.chosen))
 
     def _pipelined(self, partitioner: Partitioner, chosen: Chosen) -> Chosen:
-        group = chosen.group.with_slots(self.slots)
+        group = slotted(partitioner, chosen.group, self.slots)
         peak = chosen.peak_bytes - chosen.group.working_bytes + group.working_bytes
-        roots = [partitioner.storages.roots.get(node, node) for node in group.operands]
-        if peak > self.limit_bytes or not _is_on_gpu(chosen) or must_run_in_order(group.spec, roots):
-            return chosen
         gain = gain_s(chosen, partitioner.region.rates, self.slots)
-        if gain <= LEAST_GAIN * chosen.choice.candidate.trips_s(chosen.choice.trips, chosen.choice.chunk):
+        least = LEAST_GAIN * chosen.choice.candidate.trips_s(chosen.choice.trips, chosen.choice.chunk)
+        if peak > self.limit_bytes or gain <= least or not _is_on_gpu(group):
             return chosen
         return replace(chosen, group=group, peak_bytes=peak, extra_s=chosen.extra_s - gain)
+
+
+def slotted(partitioner: Partitioner, group: Group, slots: int) -> Group:
+    """The group in so many slots, or in one where its trips must run in order."""
+    roots = [partitioner.storages.roots.get(node, node) for node in group.operands]
+    return group.with_slots(1 if must_run_in_order(group.spec, roots) else max(slots, 1))
 
 
 def gain_s(chosen: Chosen, rates: Rates, slots: int) -> float:
@@ -58,7 +63,7 @@ def gain_s(chosen: Chosen, rates: Rates, slots: int) -> float:
     return max(run_s, trips * candidate.issue_s) - max(overlapped_s, trips * (calls + 1) * rates.issue_s)
 
 
-def _is_on_gpu(chosen: Chosen) -> bool:
+def _is_on_gpu(group: Group) -> bool:
     """Where there are streams."""
-    specs = (node_spec(node) for node in (*chosen.group.operands, *chosen.group.inside))
+    specs = (node_spec(node) for node in (*group.operands, *group.inside))
     return any(isinstance(spec, TensorSpec) and spec.device.type == "cuda" for spec in specs)

@@ -34,7 +34,8 @@ class PlannedAxis:
 @dataclass(frozen=True)
 class PlannedGroup:
     """One run of operators executed as one chunk loop; ``extra_s`` is by how much that is slower than the operators run
-    whole, which take ``whole_s``, both projected. ``slots`` trips are under way at once: ``peak_bytes`` has them all."""
+    whole, which take ``whole_s``, both projected. ``slots`` trips are under way at once, all within
+    ``peak_bytes``."""
 
     first: str
     last: str

@@ -15,6 +15,7 @@ from fmecompile.partition.candidates import Candidate
 from fmecompile.partition.nests import Nest
 from fmecompile.partition.partition import Answer, Chosen, Partitioner
 from fmecompile.partition.search import Choice
+from fmecompile.passes.pipeline_chunks import slotted
 
 
 def describe(partitioner: Partitioner, answer: Answer) -> tuple[PlannedGroup, ...]:
@@ -84,7 +85,7 @@ def _rebuilt(partitioner: Partitioner, planned: PlannedGroup, position: dict[str
     nodes = partitioner.region.nodes
     nest: Nest = tuple(partitioner.axes[nodes[position[a.node]]].axes[a.dim][a.part] for a in planned.axes)
     chunk = planned.axes[-1].chunk
-    group = partitioner.builder.build(start, stop, nest, chunk).with_slots(planned.slots)
+    group = slotted(partitioner, partitioner.builder.build(start, stop, nest, chunk), planned.slots)
     candidate = Candidate(start, stop, nest, planned.peak_bytes, (), size=planned.axes[-1].size)
     peak = partitioner.peak_bytes(start, group)
     candidate.learn(chunk, peak, 0)

@@ -113,8 +113,8 @@ def must_run_in_order(spec: LoopSpec, storages: Sequence[Hashable]) -> str:
 
     They may where each trip writes rows that no other trip writes, and none that another trip reads.
     """
-    if spec.trips < 2:
-        return "there is one trip"
+    if spec.trips < 2 or not spec.outputs:
+        return "there is nothing to overlap"
     if not all(_is_own(output.slicing, spec) for output in spec.outputs):
         return "several trips write the same rows"
     taken = {storages[output.takes] for output in spec.outputs if output.takes is not None}
