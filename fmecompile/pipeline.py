@@ -91,7 +91,7 @@ Observe = Callable[[str, Compilation], None]
 @dataclass(frozen=True)
 class Record:
     """One compiled signature of a module: its plan, the call it was made for, what every stage said, what its
-    budget was made of, if it had one, and what is reused between steps, if anything is.
+    budget was made of, if it had one, what is reused between steps, if anything is, and what replays its programs.
     """
 
     plan: Plan
@@ -99,6 +99,7 @@ class Record:
     notes: tuple[tuple[str, str], ...]
     allowance: Allowance | None = None
     reuse: object = None
+    graphs: object = None
 
 
 def compile_module(
@@ -142,6 +143,8 @@ def lower_within(
     """Everything after :func:`normalise`, again under a lower limit where the check on fake tensors finds that the
     result holds more than it said. The program of ``compilation`` stays as it is.
     """
+    if limits.is_graphed:
+        return _lower_graphed(compilation, saved, limits, observe)
     allowed = limits.activation_bytes
     limit, least = allowed, 0
     for _ in range(MAX_REPAIRS):
@@ -160,6 +163,24 @@ def lower_within(
         limit -= 2 * (least - allowed)  # the check on fake tensors found more: ask for less
     assert allowed is not None
     raise BudgetInfeasible(least, allowed)
+
+
+def _lower_graphed(
+    compilation: Compilation, saved: Sequence[Plan], limits: Limits, observe: Observe | None
+) -> tuple[Compiled, Plan]:
+    """The same beside the buffers of CUDA graphs."""
+    program, allowed = compilation.program, limits.activation_bytes
+    given = sum(_bound_bytes(program, kind) for kind in (Input, Kept, Coefficient))
+    returned = [spec for value in program.outputs if isinstance(value, fx.Node) and (spec := node_spec(value))]
+    held = given + 2 * sum(s.numel * s.dtype.itemsize for s in returned if isinstance(s, TensorSpec))
+    room = None if allowed is None else allowed - held
+    try:
+        compiled, plan = lower_within(
+            compilation, saved, replace(limits, activation_bytes=room, is_graphed=False), observe
+        )
+    except BudgetInfeasible as error:
+        raise BudgetInfeasible(error.floor_bytes + held, error.allowed_bytes + held) from error
+    return compiled, plan.beside(held)
 
 
 def compile_program(

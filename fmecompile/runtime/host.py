@@ -81,7 +81,9 @@ def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     if lane is None:
         return torch.empty_like(host, device=device).copy_(host)
     compute = torch.cuda.current_stream(device)
-    lane.used.append(compute.record_event())
+    here = torch.cuda.Event()
+    here.record(compute)
+    lane.used.append(here)
     if len(lane.used) == _COPIES:
         lane.used[0].synchronize()
     with torch.cuda.stream(lane.stream):

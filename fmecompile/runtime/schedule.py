@@ -95,7 +95,8 @@ class _CudaStreams:
     """The current stream, and side streams that all loops of a thread share, so that their memory is reused too."""
 
     def __init__(self, device: torch.device, slots: int) -> None:
-        sides: list[torch.cuda.Stream] = vars(_sides).setdefault(device, [])
+        by_device: dict[torch.device, list[torch.cuda.Stream]] = vars(_sides).setdefault("by_device", {})
+        sides = by_device.setdefault(device, [])
         while len(sides) < slots - 1:
             sides.append(torch.cuda.Stream(device))
         self._streams = (torch.cuda.current_stream(device), *sides[: slots - 1])
