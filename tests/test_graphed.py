@@ -12,15 +12,21 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten
 
 import fmecompile
-from fmecompile.errors import OptionError
+from fmecompile.capture.export import capture
+from fmecompile.errors import BudgetInfeasible, OptionError
+from fmecompile.partition.tradeoffs import Limits
+from fmecompile.pipeline import Compilation, lower_within, normalise
+from fmecompile.runtime.executable import Compiled, Executable, Slot
 from fmecompile.runtime.graphed import FREE_CAPTURES, LEAST_REPLAYS, Graphs, never
 from fmecompile.runtime.host import to_host
+from tests.models import small_svd, svd_call
 
 
 class Tape:
-    """A recorder. Recording computes nothing (as CUDA does it), so it leaves the memory it writes in disorder."""
+    """A recorder whose records are the calls themselves."""
 
     def __init__(self) -> None:
         self.records = self.drains = self.inside = 0
@@ -194,7 +200,7 @@ def test_it_is_off_unless_asked_for(module: nn.Module, tape: Tape, value: bool |
 
 @pytest.mark.parametrize("value", ["yes", 1, 0.5])
 def test_other_values_are_refused(module: nn.Module, value: Any) -> None:
-    with pytest.raises(OptionError, match="cuda_graphs=.* is neither True nor False"):
+    with pytest.raises(OptionError, match=r"cuda_graphs=.* is neither True nor False"):
         fmecompile.optimize(module, cuda_graphs=value)
 
 
@@ -222,3 +228,81 @@ def test_a_copy_records_for_itself(module: nn.Module, tape: Tape) -> None:
     for _ in range(3):
         assert torch.equal(twin(rows())[0], module(rows())[0])
         assert torch.equal(other(rows())[0], F.silu(module.layer.bias).expand(4, 6))
+
+
+# --------------------------------------------------------------------------------------- several programs, and a budget
+
+
+def test_programs_that_hand_over_kept_values_are_replayed(tape: Tape) -> None:
+    """A full step keeps h = 2 x and returns h + 1, a shallow one returns h + x: one buffer serves both."""
+
+    def program(slots: tuple[Slot, ...], keeps: tuple[str, ...], body: Callable[..., Any]) -> Executable:
+        graph = fx.Graph()
+        graph.output(body(*(graph.placeholder(f"p{k}") for k in range(len(slots)))))
+        module = fx.GraphModule(nn.Module(), graph)
+        spec = tree_flatten([0])[1]
+        return Executable(Compiled(module, slots, None, (), spec, keeps), nn.Module(), graphs)
+
+    def full_step(x: fx.Node) -> tuple[fx.Node, ...]:
+        h = x.graph.call_function(torch.mul, (x, 2))
+        return x.graph.call_function(torch.add, (h, 1)), h
+
+    def shallow_step(x: fx.Node, h: fx.Node) -> tuple[fx.Node, ...]:
+        return (x.graph.call_function(torch.add, (h, x)),)
+
+    graphs = Graphs()
+    full = program((("input", 0),), ("h",), full_step)
+    shallow = program((("input", 0), ("kept", ("h", 0))), (), shallow_step)
+    for seed in range(5):
+        x, y = rows(seed=seed), rows(seed=seed + 10)
+        (first,), kept = full.run([x])
+        (second,), _ = shallow.run([y], {("h", 0): kept["h"]})
+        assert torch.equal(first, x * 2 + 1) and torch.equal(kept["h"], x * 2) and torch.equal(second, x * 2 + y)
+    assert (graphs.captures, graphs.replays) == (2, 8)
+    assert len(graphs._buffers) == 3, "x, and two results; what is kept comes in where a result went out"
+
+
+@pytest.mark.slow
+def test_the_steps_of_a_policy_are_replayed_bitwise(tape: Tape) -> None:
+    """One record for each kind of step."""
+    model, (sample, _, *rest) = small_svd().double(), svd_call(1, 3, 8, 8, torch.float64)
+    policy = fmecompile.DeepCache(interval=2)
+
+    def run(module: nn.Module) -> list[torch.Tensor]:
+        found = []
+        for _ in range(3):
+            with fmecompile.generation(steps=4):
+                found += [module(sample + 0.1 * k, 900 - 100 * k, *rest)[0] for k in range(4)]
+        return found
+
+    with torch.no_grad():
+        twin = copy.deepcopy(model)
+        want = run(fmecompile.optimize(model, reuse=policy, strict=True))
+        got = run(fmecompile.optimize(twin, reuse=policy, strict=True, cuda_graphs=True))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert "2 records, replayed 10 times" in str(fmecompile.explain(twin))
+
+
+def test_buffers_count_in_the_plan(module: nn.Module) -> None:
+    compilation = Compilation(capture(module, (rows(),), {}))
+    normalise(compilation)
+    _, plain = lower_within(compilation)
+    _, beside = lower_within(compilation, limits=Limits(is_graphed=True))
+    buffers = 3 * rows().nbytes  # one of the input, one of the output, and the caller's own
+    assert beside.projected_peak_bytes == plain.projected_peak_bytes + buffers
+    limit = beside.projected_peak_bytes
+    _, fitting = lower_within(compilation, limits=Limits(limit, is_graphed=True))
+    assert fitting.projected_peak_bytes <= fitting.allowed_bytes == limit
+    with pytest.raises(BudgetInfeasible) as caught:
+        lower_within(compilation, limits=Limits(buffers, is_graphed=True))
+    assert caught.value.floor_bytes > caught.value.allowed_bytes == buffers
+
+
+def test_programs_share_buffers_by_layout() -> None:
+    graphs = Graphs()
+    first = graphs.buffers([rows(2), rows(2), rows(3)])
+    second = graphs.buffers([rows(3), rows(2)])
+    assert first[0] is not first[1]
+    assert second[0] is first[2] and second[1] is first[0]
+    del first, second
+    assert not graphs._buffers, "they go with the last record that uses them"
