@@ -1,7 +1,8 @@
 """``python -m benchmarks.latency``: time of a call, optimized over eager, with real widths on this machine.
 
 Both run in one process, interleaved, on the same weights and inputs, float32; the figure is the median of the ratios of
-neighbouring calls. Depth and resolution are reduced so that a call takes seconds on two cores.
+neighbouring calls, beside what the cost model projects, without what caches save. Depth and resolution are reduced so
+that a call takes seconds on two cores.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def row(name: str, module: nn.Module, inputs: Any, pairs: int) -> dict[str, Any]
     return {
         "case": name,
         "eager s": statistics.median(seconds),
+        "projected eager s": plan.whole_s,
         "optimized / eager": statistics.median(ratios),
+        "projected": 1 + plan.extra_s / plan.whole_s,
         "least": min(ratios),
         "most": max(ratios),
         "eager MiB": eager / 2**20,

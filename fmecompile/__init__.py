@@ -1,6 +1,7 @@
 """Video diffusion in a fraction of the activation memory: a torch.fx graph-rewriting compiler, exact by default."""
 
 from fmecompile.api import explain, is_optimized, optimize, plan, restore, stages
+from fmecompile.bisect import bisect
 from fmecompile.calibrate import calibrate
 from fmecompile.errors import (
     BudgetInfeasible,
@@ -57,6 +58,7 @@ __all__ = [
     "TaylorSeer",
     "TeaCache",
     "VerificationError",
+    "bisect",
     "calibrate",
     "explain",
     "generation",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Self
 
@@ -75,3 +77,9 @@ class CalibrationMismatch(OptionError):
 
 class VerificationError(FmeError, AssertionError):
     """A compiled program held more bytes than its projection, or broke an invariant of the graph."""
+
+
+def near(wanted: str, names: Iterable[str], otherwise: str) -> str:
+    """The next step for someone who asked for a name that is not there."""
+    found = difflib.get_close_matches(wanted, sorted(set(names)), 3, 0.4)
+    return f"near it are {', '.join(found)}" if found else otherwise

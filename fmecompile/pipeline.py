@@ -8,6 +8,7 @@ peak. One hook between stages (``observe``) does printing, checking and recordin
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._logging._internal import trace_structured
 
 from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.memory import Projection, project
@@ -28,6 +30,7 @@ from fmecompile.graph import edit
 from fmecompile.graph.group import Group
 from fmecompile.graph.invariants import check
 from fmecompile.graph.plan import Plan, PlanKey
+from fmecompile.graph.printing import readable
 from fmecompile.graph.program import Coefficient, Constant, Input, Kept, Literal, Program, Weight, compute_nodes
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.graph.structure import structure
@@ -58,6 +61,7 @@ PASSES = (
 )
 
 
+_LOGGER = logging.getLogger(__name__)  # TORCH_LOGS=fmecompile shows it, "+fmecompile" with the code of each stage
 NO_LIMITS = Limits()
 MAX_REPAIRS = 3
 """How often a plan that holds more on fake tensors than it said is made again under a lower limit."""
@@ -81,6 +85,9 @@ class Compilation:
     def done(self, name: str, note: str, observe: Observe | None) -> None:
         """A stage is done, and says what it did."""
         self.notes.append((name, note))
+        _LOGGER.info("%s: %s", name, note)
+        if _LOGGER.isEnabledFor(logging.DEBUG):
+            _LOGGER.debug("%s: the graph\n%s", name, readable(finish(self).graph_module))
         if observe is not None:
             observe(name, self)
 
@@ -246,7 +253,17 @@ def lower(
         whole_s=partitioner.region.whole_s,
         transfer=transfer(program, answer.groups, computed),
     )
-    return finish(compilation), plan
+    compiled = finish(compilation)
+    _LOGGER.info("%s", plan.summary())
+    _trace("fmecompile_plan", "json", plan.to_json)
+    _trace("fmecompile_graph", "string", lambda: readable(compiled.graph_module))
+    return compiled, plan
+
+
+def _trace(name: str, encoding: str, text: Callable[[], str]) -> None:
+    """An artifact for tlparse, where TORCH_TRACE asks for them."""
+    about = {"name": name, "encoding": encoding}
+    trace_structured("artifact", metadata_fn=lambda: about, payload_fn=text, expect_trace_id=False)
 
 
 def _meets(plan: Plan, limits: Limits) -> bool:

@@ -492,15 +492,3 @@ def test_explanation_reads() -> None:
     assert "Block: 1 compiled signatures, 0 refused" in text
     assert "trips" in text
     assert "at the peak" in text
-
-
-def test_torch_compile_backend() -> None:
-    assert "fmecompile" in torch._dynamo.list_backends()
-    module = block()
-    want = module(batch())
-    compiled = torch.compile(module, backend="fmecompile")
-    assert torch.allclose(compiled(batch()), want, atol=1e-5)
-    torch._dynamo.reset()
-    with pytest.raises(Exception, match="no option 'nonsense'"):
-        torch.compile(module, backend="fmecompile", options={"nonsense": 1})(batch())
-    torch._dynamo.reset()

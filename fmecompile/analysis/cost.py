@@ -2,45 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from fmecompile.analysis.axes import GraphAxes
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.operators.contraction import all_products
 from fmecompile.runtime.rates import Rates, rates_of
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Seconds of one call. ``fixed_s`` is spent whenever it is made, on a slice or on everything: the call itself, and
-    reading weights; ``sliced_s`` is in proportion to the slice. ``whole_s`` is that of the whole by the roofline, where
-    the slower of computing and moving hides the other."""
+class ReadCost:
+    """Seconds to read one operand: ``sliced_s`` by slices along its atoms, ``again_s`` all of it by every trip."""
 
-    fixed_s: float
+    atoms: frozenset[int]
     sliced_s: float
+    again_s: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one call. ``call_s`` is spent whenever it is made, on a slice or on everything, ``work_s`` on
+    computing and writing all of it. ``whole_s`` is that of the whole by the roofline, where the slower of computing and
+    moving hides the other."""
+
+    call_s: float
+    work_s: float
+    reads: tuple[ReadCost, ...]
     whole_s: float
 
-    @property
-    def sum_s(self) -> float:
-        """Of the whole, by the parts."""
-        return self.fixed_s + self.sliced_s
+    def split(self, atoms: Collection[int]) -> tuple[float, float]:
+        """What each trip of a loop over ``atoms`` spends again, and what its trips spend together."""
+        fixed, sliced = self.call_s, self.work_s
+        for read in self.reads:
+            if read.atoms.isdisjoint(atoms):
+                fixed += read.again_s
+            else:
+                sliced += read.sliced_s
+        return fixed, sliced
 
 
-def cost_of(node: fx.Node, rates: Rates, *, is_view: bool) -> Cost:
+def cost_of(node: fx.Node, axes: GraphAxes, rates: Rates, *, is_view: bool) -> Cost:
     """What one call costs; a view moves nothing."""
-    read = () if is_view else node.all_input_nodes
-    weights = _nbytes(n for n in read if n.op == "placeholder")
-    moved = _nbytes([node, *(n for n in read if n.op != "placeholder")]) if read else 0
+    if is_view:
+        return Cost(rates.call_s, 0.0, (), rates.call_s)
+    reads = tuple(_read_cost(operand, axes, rates) for operand in node.all_input_nodes)
     compute_s = all_products(node) / rates.products_per_s
-    moved_s = moved / rates.bytes_per_s
-    return Cost(
-        rates.call_s + weights / rates.weight_bytes_per_s,
-        compute_s + moved_s,
-        rates.call_s + max(compute_s, moved_s + weights / rates.bytes_per_s),
-    )
+    written_s = _nbytes(node) / rates.bytes_per_s
+    moved_s = written_s + sum(read.sliced_s for read in reads)
+    return Cost(rates.call_s, compute_s + written_s, reads, rates.call_s + max(compute_s, moved_s))
+
+
+def _read_cost(operand: fx.Node, axes: GraphAxes, rates: Rates) -> ReadCost:
+    """Graph inputs that every trip reads whole are weights."""
+    nbytes = _nbytes(operand)
+    known = axes.nodes.get(operand)
+    atoms = frozenset(atom for axis in known.axes for atom in axis) if known is not None else frozenset()
+    rate = rates.weight_bytes_per_s if operand.op == "placeholder" else rates.bytes_per_s
+    return ReadCost(atoms, nbytes / rates.bytes_per_s, nbytes / rate)
 
 
 def rates_for(nodes: Sequence[fx.Node]) -> Rates:
@@ -52,6 +74,6 @@ def rates_for(nodes: Sequence[fx.Node]) -> Rates:
     return rates_of(largest.device, largest.dtype)
 
 
-def _nbytes(nodes: Iterable[fx.Node]) -> int:
-    specs = [spec for node in nodes if isinstance(spec := node_spec(node), TensorSpec)]
-    return sum(spec.numel * spec.dtype.itemsize for spec in specs)
+def _nbytes(node: fx.Node) -> int:
+    spec = node_spec(node)
+    return spec.numel * spec.dtype.itemsize if isinstance(spec, TensorSpec) else 0

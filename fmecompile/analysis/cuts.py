@@ -8,7 +8,6 @@ with.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -22,13 +21,14 @@ from fmecompile.analysis.axes import GraphAxes, propagate
 from fmecompile.analysis.blocks import Block, before, behind, block_stack, is_large
 from fmecompile.analysis.cut_sets import CutSets, limit_of
 from fmecompile.analysis.mixing import Mixing, called_in, classes_in, clip_atoms, clips, mixes, mixing
-from fmecompile.errors import OptionError
+from fmecompile.errors import OptionError, near
 from fmecompile.graph.program import Input, Program, compute_nodes
 from fmecompile.graph.specs import tensor_spec
 from fmecompile.operators.contraction import all_products
 
 aten = torch.ops.aten
 _END = "end"
+_PATHS = "see the paths in model.named_modules()"
 CLASS = "class:"  # in front of a pattern of class names, where else patterns are of paths
 SYMBOLS = (
     "auto",
@@ -303,7 +303,7 @@ class Cuts:
         if not matching:
             raise OptionError(
                 f"no module of this model is called {pattern!r}",
-                next_step=near(wanted, [*(modules if wanted == pattern else modules.values()), *SYMBOLS]),
+                next_step=near(wanted, [*(modules if wanted == pattern else modules.values()), *SYMBOLS], _PATHS),
             )
         found = [self.cut_value(node, path) for path in matching for node in self._leaving(path)]
         return sorted(found, key=lambda cut: names[cut.value])
@@ -392,9 +392,3 @@ def numbers(name: str, most: int) -> list[int]:
             f"{name!r} is not understood", next_step=f"give at most {most} whole numbers, separated by colons"
         )
     return [int(part) for part in given]
-
-
-def near(wanted: str, names: Iterable[str]) -> str:
-    """The next step for someone who asked for a name that is not there."""
-    near = difflib.get_close_matches(wanted, sorted(set(names)), 3, 0.4)
-    return f"near it are {', '.join(near)}" if near else "see the paths in model.named_modules()"

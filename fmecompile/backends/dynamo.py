@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch._guards import CompileContext, CompileId, compile_context
 
 from fmecompile.backends.budgeted import Budget
 from fmecompile.backends.eager import EagerCompiler
-from fmecompile.errors import OptionError
+from fmecompile.errors import OptionError, near
 from fmecompile.runtime.dispatch import Dispatcher
 
 OPTIONS = ("memory_budget",)
@@ -27,12 +30,28 @@ def fmecompile_backend(
     Raises OptionError for an unknown option, or one with a wrong value.
     """
     del example_inputs
-    for name in (options or {}).keys() - OPTIONS:
+    options = options or {}
+    for name in options.keys() - OPTIONS:
         raise OptionError(
-            f"the fmecompile backend has no option {name!r}", next_step=f"leave it out; there is {', '.join(OPTIONS)}"
+            f"the fmecompile backend has no option {name!r}",
+            next_step=near(name, OPTIONS, f"leave it out; there is {', '.join(OPTIONS)}"),
         )
-    amount = (options or {}).get("memory_budget")
+    amount = options.get("memory_budget")
     budget = None if amount is None else Budget.of(amount, graph_module)
     graph_module.training = False  # Dynamo has already decided what training mode means for its operators
-    dispatcher = Dispatcher(graph_module, graph_module.forward, EagerCompiler(budget=budget))
-    return torch.compiler.disable(dispatcher)
+    compiler = _InContext(EagerCompiler(budget=budget), CompileContext.current_compile_id())
+    return torch.compiler.disable(Dispatcher(graph_module, graph_module.forward, compiler))
+
+
+@dataclass(frozen=True)
+class _InContext:
+    """Compiles later what Dynamo found now: logs and artifacts belong to the same frame."""
+
+    compiler: EagerCompiler
+    compile_id: CompileId | None
+
+    def __call__(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        with nullcontext() if self.compile_id is None else compile_context(CompileContext(self.compile_id)):
+            return self.compiler(module, forward, args, kwargs)

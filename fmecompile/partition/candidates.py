@@ -117,7 +117,7 @@ def plain(region: Region, start: int, stop: int) -> Candidate:
     peak = max(region.live[p] + region.nbytes[p] + _hidden(region, p, start, stop) for p in range(start, stop))
     norms = {p: joined for p in range(start, stop) if (joined := region.joined[p]) is not None and p == joined.last}
     in_parts = [p for p, joined in norms.items() if joined.first < start]
-    again_s = sum(region.costs[p].sum_s for p in in_parts)  # the parts read once more than the whole one
+    again_s = sum(region.costs[p].whole_s for p in in_parts)  # the parts read once more than the whole one
     return Candidate(start, stop, (), peak, (), joins=len(norms) - len(in_parts), beside_s=again_s)
 
 
@@ -244,15 +244,16 @@ class _Trip:
 
     def _note_cost(self, p: int) -> None:
         """What the trips spend on a call; what does not carry the innermost atom is done again by each."""
-        cost, missing = self.region.costs[p], self.atoms - self.region.carries[p]
+        fixed, sliced = self.region.costs[p].split(self.atoms)
+        missing = self.atoms - self.region.carries[p]
         again = prod(self.region.sizes[atom] for atom in missing - {self.inner})
-        self.whole_s += cost.sum_s
-        self.fixed_s += cost.fixed_s
+        self.whole_s += fixed + sliced
+        self.fixed_s += fixed
         self.issue_s += self.region.rates.issue_s
         if self.inner in missing:
-            self.fixed_s += cost.sliced_s * again / self.outer_trips
+            self.fixed_s += sliced * again / self.outer_trips
         else:
-            self.sliced_s += cost.sliced_s * again
+            self.sliced_s += sliced * again
 
     def _release(self, root: int, p: int) -> None:
         """Give back what a trip holds of a storage once all that stays in it is dead."""

@@ -99,7 +99,7 @@ def region(storages: Storages, axes: GraphAxes, facts: FactTable) -> Region:
         carries=[axes[node].carries if node in axes.nodes else empty for node in nodes],
         barred=[axes[node].barred if node in axes.nodes else empty for node in nodes],
         reads=reads,
-        costs=[cost_of(node, rates, is_view=owner[at] != at) for at, node in enumerate(nodes)],
+        costs=[cost_of(node, axes, rates, is_view=owner[at] != at) for at, node in enumerate(nodes)],
         owner=owner,
         nbytes=storages.nbytes,
         hidden=list(storages.hidden),

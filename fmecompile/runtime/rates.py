@@ -135,7 +135,7 @@ def _copy_rate(device: torch.device) -> float:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The best of all runs within a tenth of a second, five at least: others on the machine disturb short runs little."""
+    """The best of all runs within a tenth of a second, five at least: others disturb short runs little."""
     found: list[float] = []
     while len(found) < _RUNS or sum(found) < _TRIED_S:
         _wait(device)

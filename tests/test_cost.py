@@ -1,0 +1,132 @@
+"""The cost model: rates of a device, what a call costs, and the plans that follow from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import fmecompile
+from fmecompile.analysis.axes import propagate
+from fmecompile.analysis.cost import cost_of
+from fmecompile.capture.export import capture
+from fmecompile.graph.program import compute_nodes
+from fmecompile.partition.candidates import Candidate
+from fmecompile.partition.search import MAX_LOSS
+from fmecompile.pipeline import Compilation, normalise
+from fmecompile.runtime import rates
+from fmecompile.runtime.rates import ASSUMED, Rates, rates_of
+
+CPU = torch.device("cpu")
+FOUND = Rates(1e9, 1e9, 1e9, 1e-6, is_measured=True)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[torch.dtype]:
+    """Rates are measured here, into a folder of this test; the dtypes that were, in order."""
+    asked: list[torch.dtype] = []
+    monkeypatch.setenv("FMECOMPILE_RATES", "measured")
+    monkeypatch.setenv("FMECOMPILE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(rates, "_measure", lambda device, dtype: asked.append(dtype) or FOUND)
+    rates._measured.cache_clear()
+    return asked
+
+
+def again() -> Rates:
+    """What a later process finds."""
+    rates._measured.cache_clear()
+    return rates_of(CPU, torch.float32)
+
+
+def test_rates_are_measured_once_a_machine(measured: list[torch.dtype]) -> None:
+    assert again() == again() == FOUND
+    assert rates_of(CPU, torch.float64) == FOUND
+    assert measured == [torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"x": 1}', '{"x": {"products": 1}}', "\0"])
+def test_a_damaged_file_is_measured_again(text: str, measured: list[torch.dtype], tmp_path: Path) -> None:
+    again()
+    (tmp_path / "cache" / "rates.json").write_text(text)
+    assert again() == FOUND
+    assert len(measured) == 2
+    assert len(json.loads((tmp_path / "cache" / "rates.json").read_text())) == 1
+
+
+def test_without_a_place_to_write_rates_are_measured(measured: list[torch.dtype], tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    assert again() == FOUND
+    assert len(measured) == 1
+
+
+def test_half_precision_on_a_cpu_stands_for_a_gpu(measured: list[torch.dtype]) -> None:
+    assert rates_of(CPU, torch.float16) == ASSUMED["cuda"]
+    assert rates_of(torch.device("cuda"), torch.float32) == ASSUMED["cuda"]
+    assert measured == []
+
+
+def test_a_wrong_wish_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FMECOMPILE_RATES", "guessed")
+    with pytest.raises(fmecompile.OptionError, match="FMECOMPILE_RATES='guessed'"):
+        rates_of(CPU, torch.float32)
+
+
+def test_a_real_measurement() -> None:
+    found = rates._measure(CPU, torch.float32)
+    assert 1e8 < found.products_per_s < 1e13
+    assert 1e8 < found.weight_bytes_per_s <= found.bytes_per_s * 4
+    assert 1e-7 < found.call_s < 1e-3 and found.issue_s == 0
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.narrow(torch.nn.functional.gelu(self.wide(x))).view(x.shape)
+
+
+def test_what_a_call_costs() -> None:
+    compilation = Compilation(capture(Layer().requires_grad_(False), (torch.randn(32, 64),), {}))
+    normalise(compilation)
+    axes = propagate(compilation.program.graph)
+    linear = compute_nodes(compilation.program.graph)[0]
+    rows = axes[linear].axes[0]
+    slow = Rates(products_per_s=10.0, bytes_per_s=100.0, weight_bytes_per_s=50.0, call_s=1.0)
+    cost = cost_of(linear, axes, slow, is_view=False)
+    x, weights, result, products = 4 * 32 * 64, 4 * (64 * 256 + 256), 4 * 32 * 256, 32 * 64 * 256
+    assert cost.split(rows) == pytest.approx((1 + weights / 50, products / 10 + (x + result) / 100))
+    assert cost.split(()) == pytest.approx((1 + (x + weights) / 50, products / 10 + result / 100))
+    assert cost.whole_s == pytest.approx(1 + max(products / 10, (x + result + weights) / 100))
+    assert cost_of(linear, axes, slow, is_view=True).split(rows) == (1, 0)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 9), st.integers(1, 64), st.integers(1, 64))
+def test_more_trips_never_take_less_time(
+    fixed: float, issue: float, sliced: float, halo: float, few: int, more: int
+) -> None:
+    loop = Candidate(0, 1, (0,), 0, (), size=64, fixed_s=fixed, issue_s=issue, sliced_s=sliced, halo_rows=halo)
+    few, more = sorted((few, more))
+    assert loop.extra_s(few, 64 // few) <= loop.extra_s(more, 64 // more)
+    hidden = replace(loop, issue_s=0.0)
+    assert loop.extra_s(more, 1) == max(hidden.extra_s(more, 1), more * issue)  # the host asks while the device works
+
+
+def test_the_default_plan_loses_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FMECOMPILE_MIN_TRIP_BYTES")
+    module, x = Layer().requires_grad_(False), torch.randn(65536, 64)
+    plan = fmecompile.plan(module, x)
+    assert 0 < plan.extra_s <= MAX_LOSS * plan.whole_s
+    monkeypatch.setitem(ASSUMED, "cpu", replace(ASSUMED["cpu"], weight_bytes_per_s=1e8))  # weights are dear to read
+    dear = fmecompile.plan(module, x)
+    assert dear.trips < plan.trips
+    assert dear.projected_peak_bytes > plan.projected_peak_bytes
+    monkeypatch.setenv("FMECOMPILE_MIN_TRIP_BYTES", "0")  # memory before time
+    assert fmecompile.plan(module, x).projected_peak_bytes <= plan.projected_peak_bytes
