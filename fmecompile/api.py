@@ -27,6 +27,7 @@ from fmecompile.reuse.policy import Policy
 from fmecompile.runtime.dispatch import Dispatcher, find, plain_forward
 from fmecompile.runtime.exclusion import EXCLUSION
 from fmecompile.runtime.generation import Timeline
+from fmecompile.runtime.graphed import Graphs
 from fmecompile.runtime.whole_clip import WholeClip, can_decode_whole, find_whole_clip
 
 Target = TypeVar("Target")
@@ -42,6 +43,7 @@ def optimize(
     plan: Plan | None = None,
     spill: bool | None = None,
     max_chunks: int | None = None,
+    cuda_graphs: bool | None = None,
 ) -> Target:
     """Make ``target`` run in a fraction of its activation memory, with the same output. In place; returns ``target``.
 
@@ -60,6 +62,11 @@ def optimize(
 
     ``spill`` says whether values may wait in host memory where no other plan meets the budget: by default where the
     device has a memory of its own. ``max_chunks`` bounds the chunk trips of every group.
+
+    ``cuda_graphs=True`` records each program at its second call and replays it from then on, which spares the host most
+    of its work; what is returned is still the caller's own. It costs a copy of inputs and outputs, which the budget
+    counts. With one warning it goes without: on another device, where recording fails, and where shapes change, or
+    weights are moved, too often. Off by default.
 
     Returns at once: the first call of each input signature captures and plans. ``strict`` turns every fall-back to
     eager into an error. ``plan`` is a saved plan; where it matches, the search is skipped. Optimizing again replaces
@@ -81,8 +88,11 @@ def optimize(
     budget = None if memory_budget is None else Budget.of(memory_budget, target)
     if budget is not None:
         budget.require_weights(found)
-    compiler = EagerCompiler(() if plan is None else (plan,), _progress, budget, _wishes(spill, max_chunks))
-    compilers = {path: _reusing(path, compiler, policy, target) for path in found}
+    compiler = EagerCompiler(
+        () if plan is None else (plan,), _progress, budget, _wishes(spill, max_chunks, cuda_graphs)
+    )
+    graphed = {path: replace(compiler, graphs=Graphs()) if cuda_graphs else compiler for path in found}
+    compilers = {path: _reusing(path, graphed[path], policy, target) for path in found}
     _install(target, [_dispatcher(module, compilers[path], strict) for path, module in found.items()])
     return target
 
@@ -108,16 +118,18 @@ def _reusing(
     return ReusingCompiler(compiler, policy or EveryStep(), Timeline(target if has_sampler else None))
 
 
-def _wishes(spill: bool | None, max_chunks: int | None) -> Wishes:
-    if spill not in (None, True, False):
-        raise OptionError(f"spill={spill!r} is neither True nor False", next_step="leave it out")
+def _wishes(spill: bool | None, max_chunks: int | None = None, cuda_graphs: bool | None = None) -> Wishes:
+    for name, value in {"spill": spill, "cuda_graphs": cuda_graphs}.items():
+        if value is not None and not isinstance(value, bool):
+            raise OptionError(f"{name}={value!r} is neither True nor False", next_step="leave it out")
+    wishes = Wishes(spill, is_graphed=bool(cuda_graphs))
     if max_chunks is None:
-        return Wishes(spill)
+        return wishes
     if not isinstance(max_chunks, int) or isinstance(max_chunks, bool) or max_chunks < 1:
         raise OptionError(
             f"max_chunks={max_chunks!r} is no number of chunks", next_step="give a whole number from 1 on"
         )
-    return Wishes(spill, max_chunks)
+    return replace(wishes, max_trips=max_chunks)
 
 
 def _dispatcher(module: nn.Module, compiler: EagerCompiler | ReusingCompiler, strict: bool) -> Dispatcher:
@@ -185,7 +197,7 @@ def plan(target: nn.Module, *args: Any, memory_budget: object = None, spill: boo
     budget = None if memory_budget is None else Budget.of(memory_budget)
     example = Example.of(args, kwargs)
     shell = Shell(module, plain_forward(module))
-    made = _compile(shell, example, budget=budget, wishes=_wishes(spill, None))
+    made = _compile(shell, example, budget=budget, wishes=_wishes(spill))
     with EXCLUSION.capture():
         eager = eager_measurement(shell, example)
     return replace(made, eager_peak_bytes=eager.peak_bytes, eager_timeline=thinned(eager.timeline))

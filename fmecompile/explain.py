@@ -24,6 +24,7 @@ class Explanation:
             held = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in record.plan.owners[:5])
             lines.append(f"  at the peak: {held}")
             lines += [f"  {line}" for line in str(record.reuse).splitlines()] if record.reuse is not None else []
+            lines += [f"  {record.graphs}"] if record.graphs is not None else []
             lines += [f"  {record.allowance}"] if record.allowance is not None else []
             for barrier in record.plan.barriers:
                 lines.append(f"  barrier: {barrier.operator} x{barrier.count}: {barrier.reason} (at {barrier.where})")

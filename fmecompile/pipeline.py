@@ -46,6 +46,7 @@ from fmecompile.passes.fuse_norm import FuseNorm
 from fmecompile.passes.kernels import Kernels
 from fmecompile.passes.late_expand import LateExpand
 from fmecompile.passes.one_key import OneKey
+from fmecompile.passes.pipeline_chunks import STREAM_BYTES, PipelineChunks
 from fmecompile.passes.reader_layout import ReaderLayout
 from fmecompile.passes.relax_views import RelaxViews
 from fmecompile.passes.sink_producers import SinkProducers
@@ -65,8 +66,8 @@ PASSES = (
     SinkProducers(),
     AcceptStrides(),
     TwoPassNorm(),
-    # then: step-reuse (where it is asked for), KERNEL_PASSES, partition (the search), reader-layout and write-through
-    # (the bodies of its loops), chunk-loops (the rewrite by its plan), fuse-norm
+    # then: step-reuse (where it is asked for), KERNEL_PASSES, partition (the search), pipeline-chunks, reader-layout
+    # and write-through (the bodies of its loops), chunk-loops (the rewrite by its plan), fuse-norm
 )
 
 KERNEL_PASSES = {
@@ -113,7 +114,7 @@ Observe = Callable[[str, Compilation], None]
 @dataclass(frozen=True)
 class Record:
     """One compiled signature of a module: its plan, the call it was made for, what every stage said, what its
-    budget was made of, if it had one, and what is reused between steps, if anything is.
+    budget was made of, if it had one, what is reused between steps, if anything is, and what replays its programs.
     """
 
     plan: Plan
@@ -121,6 +122,7 @@ class Record:
     notes: tuple[tuple[str, str], ...]
     allowance: Allowance | None = None
     reuse: object = None
+    graphs: object = None
 
 
 def compile_module(
@@ -169,6 +171,8 @@ def lower_within(
     """Everything after :func:`normalise`, again under a lower limit where the check on fake tensors finds that the
     result holds more than it said. The program of ``compilation`` stays as it is.
     """
+    if limits.is_graphed:
+        return _lower_graphed(compilation, saved, limits, observe)
     allowed = limits.activation_bytes
     limit, least = allowed, 0
     for _ in range(MAX_REPAIRS):
@@ -187,6 +191,24 @@ def lower_within(
         limit -= 2 * (least - allowed)  # the check on fake tensors found more: ask for less
     assert allowed is not None
     raise BudgetInfeasible(least, allowed)
+
+
+def _lower_graphed(
+    compilation: Compilation, saved: Sequence[Plan], limits: Limits, observe: Observe | None
+) -> tuple[Compiled, Plan]:
+    """The same beside the buffers of CUDA graphs."""
+    program, allowed = compilation.program, limits.activation_bytes
+    given = sum(_bound_bytes(program, kind) for kind in (Input, Kept, Coefficient))
+    returned = [spec for value in program.outputs if isinstance(value, fx.Node) and (spec := node_spec(value))]
+    held = given + 2 * sum(s.numel * s.dtype.itemsize for s in returned if isinstance(s, TensorSpec))
+    room = None if allowed is None else allowed - held
+    try:
+        compiled, plan = lower_within(
+            compilation, saved, replace(limits, activation_bytes=room, is_graphed=False), observe
+        )
+    except BudgetInfeasible as error:
+        raise BudgetInfeasible(error.floor_bytes + held, error.allowed_bytes + held) from error
+    return compiled, plan.beside(held)
 
 
 def compile_program(
@@ -218,12 +240,15 @@ def lower(
     else:
         prepared = prepare(program, facts, limits)
         answer = prepared.partitioner.search(limit_bytes)
+        room = answer.allowed_bytes - (STREAM_BYTES if limit_bytes is not None else 0)
+        answer = PipelineChunks(room).apply(prepared.partitioner, answer)
     compilation.program, partitioner = prepared.program, prepared.partitioner
     program = compilation.program
     compilation.groups = {f"chunk_loop_{k}": group for k, group in enumerate(answer.groups)}
     planned = describe(partitioner, answer)
     trips = f"{len(answer.groups)} groups, {sum(g.trips for g in planned)} chunk trips"
     compilation.done("partition", trips + _tradeoffs(prepared), observe)
+    compilation.done("pipeline-chunks", f"{sum(g.slots > 1 for g in planned)} groups pipelined", observe)
     computed = work(program)
     groups, laid_out = ReaderLayout(answer.groups).apply(facts)
     groups, written = WriteThrough(groups).apply(program, facts)

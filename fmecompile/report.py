@@ -77,6 +77,7 @@ def _numbers(plan: Plan) -> list[tuple[str, str]]:
         ("Inputs", bytes_text(plan.input_bytes)),
         ("Groups", str(len(plan.groups))),
         ("Chunk trips", str(plan.trips)),
+        ("Pipelined groups", str(plan.pipelined)),
     ]
 
 

@@ -114,6 +114,8 @@ PROGRAMS: dict[str, tuple[Callable[[Tape, fx.Node], fx.Node], tuple[int, ...]]] 
     "halo of more than all rows": (lambda t, x: conv(t, conv(t, x, [5], dilation=[2]), [5], dilation=[2]), (1, 2, 6)),
     "strided": (lambda t, x: conv(t, conv(t, x, [3], stride=[2]), [3]), (2, 2, 14)),
     "strided twice": (lambda t, x: conv(t, conv(t, x, [5], stride=[2]), [3], stride=[2]), (1, 2, 20)),
+    "strided without a halo": (lambda t, x: conv(t, silu(t, x), [2, 3], stride=[2, 1]), (2, 2, 8, 3)),
+    "strided to one row": (lambda t, x: conv(t, silu(t, x), [3, 3], stride=[1, 2]), (2, 2, 6, 2)),
     "of two dimensions": (lambda t, x: conv(t, silu(t, conv(t, x, [3, 5])), [3, 3]), (2, 2, 6, 5)),
     "of frames": (lambda t, x: conv(t, conv(t, x, [3, 1, 1]), [1, 3, 3]), (2, 2, 5, 4, 3)),
     "upsampled": (lambda t, x: conv(t, up(t, x, 2.0, 2.0), [3, 3]), (2, 2, 5, 3)),

@@ -6,6 +6,7 @@ a later reshape may split an atom that earlier operators carried.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,13 +104,14 @@ def _resolved(table: AtomTable, result: Result, operands: tuple[Operand, ...]) -
     barred = frozenset(whole | twice | inner)
     reason = result.reason or ("one axis occurs in two dimensions" if twice else "")
     reason = reason or ("rows of an inner part have their neighbours in another row of the outer one" if inner else "")
-    return NodeAxes(axes, frozenset(atoms) - barred, barred, tuple(_use(table, o) for o in operands), reason)
+    return NodeAxes(axes, frozenset(atoms) - barred, barred, tuple(_use(table, o, atoms) for o in operands), reason)
 
 
-def _use(table: AtomTable, operand: Operand) -> Use:
+def _use(table: AtomTable, operand: Operand, made: Collection[int]) -> Use:
+    """``made`` are the atoms of the result: whatever the call keeps of others, all of it goes into each row."""
     axes = tuple(table.resolve(axis) for axis in operand.axes)
     atoms = [atom for axis in axes for atom in axis]
-    reduced = {atom for d, axis in enumerate(axes) if d not in operand.kept for atom in axis}
+    reduced = {atom for d, axis in enumerate(axes) for atom in axis if d not in operand.kept or atom not in made}
     reduced |= {atom for atom in atoms if atoms.count(atom) > 1}
     reduced |= {atom for d in operand.halo for atom in axes[d][1:]}  # inner atoms: their rows have neighbours elsewhere
     return Use(

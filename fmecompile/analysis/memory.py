@@ -1,7 +1,8 @@
 """The memory model: projected bytes of a finished program, plain calls and chunk loops alike.
 
 A call holds what lives across it, its results, and what it needs while it runs; a loop holds its whole operands and
-outputs and the most that one trip holds. All of it is arithmetic over facts that were measured once per distinct call.
+outputs and the most that the trips under way at once hold. All of it is arithmetic over facts that were measured once
+per distinct call.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class _Owners:
             else:
                 owners.append(self.of(node.args[output.takes]))
         self._loops[node] = owners
-        return _Effect(allocates, touched | frozenset(owners), group.body_bytes)
+        return _Effect(allocates, touched | frozenset(owners), group.working_bytes)
 
 
 def project(program: Program, groups: Mapping[str, Group], facts: FactTable) -> Projection:

@@ -39,10 +39,12 @@ _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.
 @dataclass(frozen=True)
 class Wishes:
     """What a user asked of plans beside a budget. ``spill``: whether values may wait in host memory, None where the
-    device has a memory of its own. ``max_trips``: in how many chunk trips a group may run."""
+    device has a memory of its own. ``max_trips``: in how many chunk trips a group may run. ``is_graphed``: whether CUDA
+    graphs were asked for."""
 
     spill: bool | None = None
     max_trips: int = MAX_TRIPS
+    is_graphed: bool = False
 
 
 NO_WISHES = Wishes()
@@ -179,7 +181,8 @@ def within_budget(
     """What ``make`` compiles for a call with ``inputs``, within what ``budget`` leaves for activations beside
     ``kept_bytes``. Raises as :func:`compile_budgeted` does.
     """
-    limits = Limits(max_trips=wishes.max_trips)
+    on_gpu = device_of(shell.module, [t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)]).type == "cuda"
+    limits = Limits(max_trips=wishes.max_trips, is_graphed=wishes.is_graphed and on_gpu)
     if budget is None:
         return *make(limits), None
     allowance = replace(budget.allowance(shell.module, inputs), kept_bytes=kept_bytes)

@@ -15,6 +15,7 @@ from fmecompile.capture.shell import Shell
 from fmecompile.graph.plan import Plan
 from fmecompile.pipeline import Compilation, Observe, Record
 from fmecompile.runtime.executable import Executable
+from fmecompile.runtime.graphed import Graphs
 
 Progress = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 """Given a module's class name, shows a compilation; what it yields is called with the name of each finished stage."""
@@ -26,12 +27,14 @@ def silent(_: str) -> AbstractContextManager[Callable[[str], None]]:
 
 @dataclass(frozen=True)
 class EagerCompiler:
-    """The compiler callback of a dispatcher. ``saved`` plans spare the search where they match and fit ``budget``."""
+    """The compiler callback of a dispatcher. ``saved`` plans spare the search where they match and fit ``budget``;
+    programs are replayed by ``graphs``, if they are given."""
 
     saved: tuple[Plan, ...] = ()
     progress: Progress = silent
     budget: Budget | None = None
     wishes: Wishes = NO_WISHES
+    graphs: Graphs | None = None
 
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -42,7 +45,8 @@ class EagerCompiler:
             compiled, plan, allowance = compile_budgeted(
                 shell, args, kwargs, self.budget, wishes=self.wishes, saved=self.saved, observe=observe
             )
-        return Executable(compiled, module), Record(plan, example, tuple(notes), allowance)
+        record = Record(plan, example, tuple(notes), allowance, graphs=self.graphs)
+        return Executable(compiled, module, self.graphs), record
 
     @contextmanager
     def observed(self, module: nn.Module) -> Iterator[tuple[Observe, list[tuple[str, str]]]]:

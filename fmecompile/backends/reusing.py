@@ -144,7 +144,7 @@ class ReusingCompiler:
         plan = max(variants.record.plans.values(), key=lambda plan: plan.projected_peak_bytes)
         if self.policy.is_lossless:  # what is shared lives all along, and nobody adds what a policy keeps
             plan = plan.beside(variants.record.shared_bytes)
-        record = Record(plan, whole.example, tuple(notes), variants.allowance, variants.record)
+        record = Record(plan, whole.example, tuple(notes), variants.allowance, variants.record, self.eager.graphs)
         runs = variants.record.runs
         return Reusing(self.policy, variants, self.timeline, timestep, whole.conditioning, runs), record
 
@@ -227,7 +227,7 @@ class _Variants:
             return None, 0
         compiled, _ = lower_within(replace(self._whole.compilation, program=program, notes=[]))
         leaves = [binding.leaf for binding in program.bindings if isinstance(binding, Input)]
-        return Prologue(Executable(compiled, self._shell.module), leaves), kept_bytes(program)
+        return Prologue(self._executable(compiled), leaves), kept_bytes(program)
 
     def _captured(self, decision: Decision) -> _Captured:
         return self._half if self._half is not None and UNCOND in decision else self._whole
@@ -272,13 +272,16 @@ class _Variants:
         if allowance is not None:
             self.record.allowances[decision] = allowance
         self.record.plans[decision], self.record.notes[decision] = plan, note
-        made = self._made[decision, elsewhere_bytes] = Executable(compiled, self._shell.module)
+        made = self._made[decision, elsewhere_bytes] = self._executable(compiled)
         return made
 
     def alone(self, notes: Sequence[tuple[str, str]]) -> tuple[Executable, Record]:
         """The full step, where nothing is shared."""
         plan, example = self.record.plans[FULL], self._whole.example
-        return self(FULL), Record(plan, example, tuple(notes), self.allowance)
+        return self(FULL), Record(plan, example, tuple(notes), self.allowance, graphs=self._compiler.eager.graphs)
+
+    def _executable(self, compiled: Compiled) -> Executable:
+        return Executable(compiled, self._shell.module, self._compiler.eager.graphs)
 
     def _lower(self, compilation: Compilation, observe: Any, limits: Limits) -> tuple[Compiled, Plan]:
         return lower_within(compilation, self._compiler.eager.saved, limits, observe)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -37,3 +37,12 @@ class Group:
         """What the loop allocates for its outputs."""
         outputs = zip(self.result_bytes, self.spec.outputs, strict=True)
         return sum(nbytes for nbytes, output in outputs if output.takes is None)
+
+    @property
+    def working_bytes(self) -> int:
+        """What the trips that are under way at once hold at most, beyond operands and outputs."""
+        return min(self.spec.slots, self.spec.trips) * self.body_bytes
+
+    def with_slots(self, slots: int) -> Group:
+        """The same group with so many trips under way at once."""
+        return replace(self, spec=replace(self.spec, slots=slots))

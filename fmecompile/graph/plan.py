@@ -12,7 +12,7 @@ from typing import Any
 
 from fmecompile.errors import PlanMismatch
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class PlannedAxis:
 @dataclass(frozen=True)
 class PlannedGroup:
     """One run of operators executed as one chunk loop; ``extra_s`` is by how much that is slower than the operators run
-    whole, which take ``whole_s``, both projected."""
+    whole, which take ``whole_s``, both projected. ``slots`` trips are under way at once, all within
+    ``peak_bytes``."""
 
     first: str
     last: str
@@ -47,6 +48,7 @@ class PlannedGroup:
     extra_s: float
     whole_s: float
     because: str
+    slots: int = 1
 
     @property
     def trips(self) -> int:
@@ -138,6 +140,11 @@ class Plan:
         return sum(group.trips for group in self.groups)
 
     @property
+    def pipelined(self) -> int:
+        """Groups whose trips overlap."""
+        return sum(group.slots > 1 for group in self.groups)
+
+    @property
     def extra_s(self) -> float:
         """By how much the loops are slower than their operators run whole, projected; what caches save is not in it."""
         return sum(group.extra_s for group in self.groups)
@@ -180,15 +187,17 @@ class Plan:
             f"weights {self.weight_bytes / gib:.3f} GiB, inputs {self.input_bytes / gib:.3f} GiB",
             f"{len(self.groups)} groups, {self.trips} chunk trips; run whole {self.whole_s:.3f} s, loops "
             f"{self.extra_s:+.3f} s (projected)",
+            *([f"{self.pipelined} groups are pipelined: their trips overlap"] if self.pipelined else []),
             *([f"{len(self.recomputed)} values are made twice"] if self.recomputed else []),
             *([f"{len(self.spilled)} values wait in host memory: {self.transfer}"] if self.transfer else []),
         ]
         for group in self.groups:
             nest = " x ".join(f"{axis.size}/{axis.chunk}" for axis in group.axes)
+            slots = f"  {group.slots} at once" if group.slots > 1 else ""
             lines.append(
                 f"  {group.trips:>4} trips over {nest:<14} {len(group.operators):>3} operators  "
                 f"{group.whole_bytes / gib:.3f} -> {group.peak_bytes / gib:.3f} GiB  "
-                f"{group.whole_s * 1e3:.1f} {group.extra_s * 1e3:+.1f} ms  {', '.join(group.modules)}"
+                f"{group.whole_s * 1e3:.1f} {group.extra_s * 1e3:+.1f} ms{slots}  {', '.join(group.modules)}"
             )
         return "\n".join(lines)
 

@@ -105,8 +105,11 @@ class Candidate:
         the loop itself costs, or a GroupNorm in parts."""
         if not self.nest:
             return self.beside_s
-        trips_s = trips * self.fixed_s + (1 + self.halo_rows / chunk) * self.sliced_s
-        return max(trips_s, trips * self.issue_s) + self.beside_s - self.whole_s
+        return max(self.trips_s(trips, chunk), trips * self.issue_s) + self.beside_s - self.whole_s
+
+    def trips_s(self, trips: int, chunk: int) -> float:
+        """Seconds in which the device runs all trips, one after another."""
+        return trips * self.fixed_s + (1 + self.halo_rows / chunk) * self.sliced_s
 
 
 def plain(region: Region, start: int, stop: int) -> Candidate:

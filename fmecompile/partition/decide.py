@@ -15,6 +15,7 @@ from fmecompile.partition.candidates import Candidate
 from fmecompile.partition.nests import Nest
 from fmecompile.partition.partition import Answer, Chosen, Partitioner
 from fmecompile.partition.search import Choice
+from fmecompile.passes.pipeline_chunks import slotted
 
 
 def describe(partitioner: Partitioner, answer: Answer) -> tuple[PlannedGroup, ...]:
@@ -40,6 +41,7 @@ def _described(partitioner: Partitioner, chosen: Chosen, allowed_bytes: int) -> 
         taken_over=sum(output.takes is not None for output in group.spec.outputs),
         extra_s=chosen.extra_s,
         whole_s=sum(cost.whole_s for cost in partitioner.region.costs[candidate.start : candidate.stop]),
+        slots=group.spec.slots,
         because=f"run whole it would hold {chosen.whole_bytes / 2**20:.0f} MiB where {allowed_bytes / 2**20:.0f} "
         f"MiB are allowed; {chosen.choice.trips} trips are the fastest way to fit",
     )
@@ -83,7 +85,7 @@ def _rebuilt(partitioner: Partitioner, planned: PlannedGroup, position: dict[str
     nodes = partitioner.region.nodes
     nest: Nest = tuple(partitioner.axes[nodes[position[a.node]]].axes[a.dim][a.part] for a in planned.axes)
     chunk = planned.axes[-1].chunk
-    group = partitioner.builder.build(start, stop, nest, chunk)
+    group = slotted(partitioner, partitioner.builder.build(start, stop, nest, chunk), planned.slots)
     candidate = Candidate(start, stop, nest, planned.peak_bytes, (), size=planned.axes[-1].size)
     peak = partitioner.peak_bytes(start, group)
     candidate.learn(chunk, peak, 0)

@@ -150,7 +150,7 @@ class Partitioner:
 
     def peak_bytes(self, start: int, group: Group) -> int:
         """What the operators before, in and around a built group hold at most while it runs."""
-        return self._base_bytes(start, group) + group.body_bytes
+        return self._base_bytes(start, group) + group.working_bytes
 
     def _chosen(self, choice: Choice) -> Chosen:
         candidate = choice.candidate

@@ -37,11 +37,12 @@ LEAST_SPILL = 0.02
 class Limits:
     """What a plan has to meet. ``activation_bytes``: what activations may hold at most, None for the default plan.
     ``may_spill``: whether values may wait in host memory where no plan meets that otherwise. ``max_trips``: in how many
-    chunk trips a group may run."""
+    chunk trips a group may run. ``is_graphed``: whether the buffers of CUDA graphs count as activations."""
 
     activation_bytes: int | None = None
     may_spill: bool = False
     max_trips: int = MAX_TRIPS
+    is_graphed: bool = False
 
 
 @dataclass(frozen=True)

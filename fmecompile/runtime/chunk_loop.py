@@ -4,12 +4,13 @@ A loop nest of axes, outermost first; all but the innermost advance one row at a
 with a shorter tail. Each trip slices what it reads, with a halo where a kernel reaches over its border, and runs a
 body, which writes its slice of an output, or has it copied there. Trips of the same shape share a body: full chunks,
 the tail, and with halos the chunks at the borders. Outputs are allocated once, or take over the storage of an input
-that dies in the loop; never a list and a concatenation.
+that dies in the loop; never a list and a concatenation. With more than one slot, trips that do not depend on each other
+overlap (runtime/schedule.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -17,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from fmecompile.runtime.host import copy_out, host_empty
+from fmecompile.runtime.schedule import forked, schedule, streams_beside
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,13 @@ class Output:
 @dataclass(frozen=True)
 class LoopSpec:
     """``slicings`` has one entry an operand, None for operands every trip reads whole; ``kinds`` says for each chunk of
-    the innermost axis which body it runs."""
+    the innermost axis which body it runs; ``slots`` how many trips may be under way at once."""
 
     axes: tuple[LoopAxis, ...]
     slicings: tuple[Slicing | None, ...]
     outputs: tuple[Output, ...]
     kinds: tuple[int, ...]
+    slots: int = 1
 
     @property
     def trips(self) -> int:
@@ -106,8 +109,33 @@ class LoopSpec:
         return count
 
 
+def must_run_in_order(spec: LoopSpec, storages: Sequence[Hashable]) -> str:
+    """Why trips of a loop may not overlap, in words; empty where they may. ``storages`` tells for each operand which
+    storage it lies in: operands of one storage have equal entries.
+
+    They may where each trip writes rows that no other trip writes, and none that another trip reads.
+    """
+    if spec.trips < 2 or not spec.outputs:
+        return "there is nothing to overlap"
+    if not all(_is_own(output.slicing, spec) for output in spec.outputs):
+        return "several trips write the same rows"
+    taken = {storages[output.takes] for output in spec.outputs if output.takes is not None}
+    over = (slicing for slicing, storage in zip(spec.slicings, storages, strict=True) if storage in taken)
+    if not all(slicing is not None and _is_own(slicing, spec) for slicing in over):
+        return "trips read rows that others write over"
+    return ""
+
+
+def _is_own(slicing: Slicing, spec: LoopSpec) -> bool:
+    """Whether no two trips share a row: every axis advances along some dimension, and there are no halos."""
+    advances = {axis for narrow in slicing.narrows for axis, _ in narrow.terms}
+    looped = {k for k, axis in enumerate(spec.axes) if axis.trips > 1}
+    return looped <= advances and all(narrow.halo == (0, 0) for narrow in slicing.narrows)
+
+
 Span = tuple[tuple[int, int, int], ...]
-Trips = tuple[tuple[int, tuple[Span, ...], tuple[Span, ...]], ...]
+Trip = tuple[int, tuple[Span, ...], tuple[Span, ...]]
+Trips = tuple[Trip, ...]
 
 
 class ChunkLoop(nn.Module):
@@ -141,23 +169,42 @@ class ChunkLoop(nn.Module):
 
     def run(self, operands: Sequence[torch.Tensor], trips: Trips) -> tuple[torch.Tensor, ...]:
         """Run ``trips`` and return the outputs."""
-        outputs = tuple(_place(output, operands) for output in self.spec.outputs)
+        outputs = tuple(_place(output, operands) for output in self.spec.outputs)  # the caller's, so before the fork
         readable = [(i, _viewed(operands[i], slicing)) for i, slicing in self._sliced]
         writable = [_viewed(tensor, output.slicing) for tensor, output in zip(outputs, self.spec.outputs, strict=True)]
-        pieces = list(operands)
         bodies = list(self.bodies)
-        for kind, reads, writes in trips:
-            for (i, tensor), span in zip(readable, reads, strict=True):
-                pieces[i] = _narrowed(tensor, span)
-            targets = [_narrowed(tensor, span) for tensor, span in zip(writable, writes, strict=True)]
-            into = [targets[k] for k in self._written]
-            values = zip(self.spec.outputs, targets, bodies[kind](*pieces, *into), strict=True)
-            for output, target, value in values:
-                if not output.is_written:
-                    value = value.view(target.shape) if value.shape != target.shape else value
-                    copy_out(target, value) if output.host_of else target.copy_(value)
-            value = values = None  # the next trip must not find this one's values alive
+        if self.spec.slots == 1:
+            for trip in trips:
+                self._run_trip(bodies, trip, operands, readable, writable)
+            return outputs
+        home = next((tensor for tensor in (*operands, *outputs) if tensor.is_cuda), outputs[0])
+        plan, streams = schedule(len(trips), self.spec.slots), streams_beside(home, self.spec.slots)
+        with forked(plan, streams):
+            for trip, slot in zip(trips, plan.slots, strict=True):
+                with streams.on(slot):
+                    self._run_trip(bodies, trip, operands, readable, writable)
         return outputs
+
+    def _run_trip(
+        self,
+        bodies: Sequence[nn.Module],
+        trip: Trip,
+        operands: Sequence[torch.Tensor],
+        readable: Sequence[tuple[int, torch.Tensor]],
+        writable: Sequence[torch.Tensor],
+    ) -> None:
+        """Run one trip; behind it nothing that it made is alive."""
+        kind, reads, writes = trip
+        pieces = list(operands)
+        for (i, tensor), span in zip(readable, reads, strict=True):
+            pieces[i] = _narrowed(tensor, span)
+        targets = [_narrowed(tensor, span) for tensor, span in zip(writable, writes, strict=True)]
+        into = [targets[k] for k in self._written]
+        values = zip(self.spec.outputs, targets, bodies[kind](*pieces, *into), strict=True)
+        for output, target, value in values:
+            if not output.is_written:
+                value = value.view(target.shape) if value.shape != target.shape else value
+                copy_out(target, value) if output.host_of else target.copy_(value)
 
 
 def _place(output: Output, operands: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from fmecompile.runtime.graphed import Graphs
 from fmecompile.runtime.signature import fake_mode_of
 
 Slot = tuple[str, Any]
@@ -41,11 +42,14 @@ class Compiled:
 
 
 class Executable:
-    """Runs one compiled program on the weights the module has at the moment of the call."""
+    """Runs one compiled program on the weights the module has at the moment of the call, replayed by ``graphs`` if they
+    are given."""
 
-    def __init__(self, compiled: Compiled, module: nn.Module) -> None:
+    def __init__(self, compiled: Compiled, module: nn.Module, graphs: Graphs | None = None) -> None:
         self._compiled = compiled
         self._forward: Callable[..., Any] = compiled.graph_module.forward
+        if graphs is not None:
+            self._forward = graphs.graphed(compiled.graph_module, [kind for kind, _ in compiled.slots])
         self._sources = [_source(slot, module) for slot in compiled.slots]
         self._made: dict[Any, dict[str, tuple[torch.Tensor, ...]]] = {}
 

@@ -16,6 +16,8 @@ from collections import deque
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+_COPIES = 2
+"""Copies back that may be under way: the one in use, and the one that is fetched ahead."""
 _host: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 _lanes = threading.local()
 
@@ -70,29 +72,34 @@ def copy_out(host: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of host memory on ``device``; on CUDA it starts as soon as the copy before the last was used up."""
-    x = torch.empty_like(host, device=device)
-    lane = _lane(x)
+    """A copy of host memory on ``device``; on CUDA it starts as soon as the copy before the last was used up.
+
+    Its memory belongs to the stream of copies: a block of the computing stream might still be read by what was asked of
+    that before, while the copy fills it. The host waits too, or it would run ahead and ask for copies without end.
+    """
+    lane = _lane(torch.empty(0, device=device))
     if lane is None:
-        return x.copy_(host)
-    compute = torch.cuda.current_stream(x.device)
-    used = torch.cuda.Event()
-    used.record(compute)
-    lane.used.append(used)
-    lane.stream.wait_event(lane.used[0])
+        return torch.empty_like(host, device=device).copy_(host)
+    compute = torch.cuda.current_stream(device)
+    here = torch.cuda.Event()
+    here.record(compute)
+    lane.used.append(here)
+    if len(lane.used) == _COPIES:
+        lane.used[0].synchronize()
     with torch.cuda.stream(lane.stream):
+        x = torch.empty_like(host, device=device)
         x.copy_(host, non_blocking=True)
-    x.record_stream(lane.stream)
     compute.wait_stream(lane.stream)
+    x.record_stream(compute)
     return x
 
 
 class _Lane:
-    """The stream for copies of one device, and where the compute stream stood at the last two copies back."""
+    """The stream for copies of one device, and where the compute streams stood at the last copies back."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
-        self.used: deque[torch.cuda.Event] = deque(maxlen=2)
+        self.used: deque[torch.cuda.Event] = deque(maxlen=_COPIES)
 
 
 def _lane(x: torch.Tensor) -> _Lane | None:
