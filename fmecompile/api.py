@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fmecompile.backends.budgeted import NO_WISHES, Budget, Wishes, compile_budgeted
 from fmecompile.backends.eager import EagerCompiler
+from fmecompile.backends.inductor import fuse_by
 from fmecompile.backends.reusing import ReusingCompiler
 from fmecompile.capture.example import Example, eager_measurement
 from fmecompile.capture.families import COMPONENTS, DECODER, SCALAR_INPUTS, is_denoiser, is_pipeline, parts
@@ -61,6 +62,9 @@ def optimize(
     ``spill`` says whether values may wait in host memory where no other plan meets the budget: by default where the
     device has a memory of its own. ``max_chunks`` bounds the chunk trips of every group.
 
+    ``backend`` says how operators run: ``"eager"`` one by one, ``"inductor"`` with what stands between library calls
+    fused into compiled kernels, where a C++ compiler is at hand.
+
     Returns at once: the first call of each input signature captures and plans. ``strict`` turns every fall-back to
     eager into an error. ``plan`` is a saved plan; where it matches, the search is skipped. Optimizing again replaces
     the options and drops what was compiled.
@@ -75,13 +79,13 @@ def optimize(
     """
     found = _parts(target, "optimize")
     policy = _policy(reuse, found)
-    _refuse(backend != "eager", "backend", backend, "use backend='eager'")
+    fuse = fuse_by(backend, strict)
     if plan is not None and not isinstance(plan, Plan):
         raise OptionError(f"plan is a {type(plan).__name__}", next_step="pass fmecompile.Plan.load(path)")
     budget = None if memory_budget is None else Budget.of(memory_budget, target)
     if budget is not None:
         budget.require_weights(found)
-    compiler = EagerCompiler(() if plan is None else (plan,), _progress, budget, _wishes(spill, max_chunks))
+    compiler = EagerCompiler(() if plan is None else (plan,), _progress, budget, _wishes(spill, max_chunks), fuse)
     compilers = {path: _reusing(path, compiler, policy, target) for path in found}
     _install(target, [_dispatcher(module, compilers[path], strict) for path, module in found.items()])
     return target
@@ -322,8 +326,3 @@ def _not_optimized(target: object) -> TargetError:
     return TargetError(
         f"this {type(target).__name__} is not optimized", next_step="call fmecompile.optimize(module) first"
     )
-
-
-def _refuse(condition: bool, option: str, value: object, next_step: str) -> None:
-    if condition:
-        raise OptionError(f"{option}={value!r} is not supported", next_step=next_step)

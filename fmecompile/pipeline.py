@@ -23,6 +23,7 @@ from fmecompile.analysis.verify import measured_peak_bytes
 from fmecompile.budget import Allowance
 from fmecompile.capture.example import Example
 from fmecompile.capture.export import capture
+from fmecompile.config import min_fused_bytes
 from fmecompile.errors import BudgetInfeasible
 from fmecompile.graph import edit
 from fmecompile.graph.group import Group
@@ -38,6 +39,7 @@ from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
 from fmecompile.passes.fold_constants import FoldConstants
 from fmecompile.passes.fuse_norm import FuseNorm
+from fmecompile.passes.fuse_runs import Fuse, FuseRuns
 from fmecompile.passes.one_key import OneKey
 from fmecompile.passes.relax_views import RelaxViews
 from fmecompile.passes.sink_producers import SinkProducers
@@ -53,7 +55,7 @@ PASSES = (
     DropNoops(),
     SinkProducers(),
     TwoPassNorm(),
-    # then: partition (the search), chunk-loops (the rewrite by its plan), fuse-norm
+    # then: partition (the search), chunk-loops (the rewrite by its plan), fuse-norm, fuse-runs (for backends with kernels)
 )
 
 
@@ -65,7 +67,8 @@ MAX_REPAIRS = 3
 @dataclass
 class Compilation:
     """One program on its way through the stages. ``notes`` holds what each stage said it did, ``weight_bytes`` what the
-    module reads of its weights, which are there though a rewrite may not read all of them."""
+    module reads of its weights, which are there though a rewrite may not read all of them. ``fuse`` makes kernels of
+    runs of operators, where a backend has any."""
 
     program: Program
     facts: FactTable = field(default_factory=FactTable)
@@ -73,6 +76,7 @@ class Compilation:
     loops: dict[str, nn.Module] = field(default_factory=dict)
     notes: list[tuple[str, str]] = field(default_factory=list)
     weight_bytes: int | None = None
+    fuse: Fuse | None = None
 
     def project(self) -> Projection:
         return project(self.program, self.groups, self.facts)
@@ -108,6 +112,7 @@ def compile_module(
     saved: Sequence[Plan] = (),
     limits: Limits = NO_LIMITS,
     observe: Observe | None = None,
+    fuse: Fuse | None = None,
 ) -> tuple[Compiled, Plan]:
     """Capture, normalise, partition and rewrite one call of ``module``. A matching plan in ``saved`` spares the search.
 
@@ -115,7 +120,7 @@ def compile_module(
         CaptureError: the module cannot be captured; whatever cannot be sliced afterwards is only a barrier.
         BudgetInfeasible: every plan holds more than ``limits`` allow.
     """
-    compilation = Compilation(capture(module, args, kwargs))
+    compilation = Compilation(capture(module, args, kwargs), fuse=fuse)
     normalise(compilation, observe)
     return lower_within(compilation, saved, limits, observe)
 
@@ -220,6 +225,10 @@ def lower(
         joined=answer.joined,
         transfer=transfer(program, answer.groups, computed),
     )
+    if compilation.fuse is not None:
+        fuse_runs = FuseRuns(compilation.fuse, projected, min_fused_bytes())
+        note = fuse_runs.apply(program, compilation.groups, compilation.loops, projection, facts)
+        compilation.done("fuse-runs", note, observe)
     return finish(compilation), plan
 
 

@@ -13,6 +13,7 @@ from fmecompile.backends.budgeted import NO_WISHES, Budget, Wishes, compile_budg
 from fmecompile.capture.example import Example
 from fmecompile.capture.shell import Shell
 from fmecompile.graph.plan import Plan
+from fmecompile.passes.fuse_runs import Fuse
 from fmecompile.pipeline import Compilation, Observe, Record
 from fmecompile.runtime.executable import Executable
 
@@ -26,12 +27,14 @@ def silent(_: str) -> AbstractContextManager[Callable[[str], None]]:
 
 @dataclass(frozen=True)
 class EagerCompiler:
-    """The compiler callback of a dispatcher. ``saved`` plans spare the search where they match and fit ``budget``."""
+    """The compiler callback of a dispatcher. ``saved`` plans spare the search where they match and fit ``budget``;
+    ``fuse`` makes kernels of runs of operators."""
 
     saved: tuple[Plan, ...] = ()
     progress: Progress = silent
     budget: Budget | None = None
     wishes: Wishes = NO_WISHES
+    fuse: Fuse | None = None
 
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -40,7 +43,7 @@ class EagerCompiler:
         with self.observed(module) as (observe, notes):
             shell = Shell(module, forward)
             compiled, plan, allowance = compile_budgeted(
-                shell, args, kwargs, self.budget, wishes=self.wishes, saved=self.saved, observe=observe
+                shell, args, kwargs, self.budget, wishes=self.wishes, saved=self.saved, observe=observe, fuse=self.fuse
             )
         return Executable(compiled, module), Record(plan, example, tuple(notes), allowance)
 
