@@ -55,7 +55,7 @@ PASSES = (
     DropNoops(),
     SinkProducers(),
     TwoPassNorm(),
-    # then: partition (the search), chunk-loops (the rewrite by its plan), fuse-norm, fuse-runs (for backends with kernels)
+    # then: partition (the search), chunk-loops (the rewrite by its plan), fuse-norm, fuse-runs (a backend's kernels)
 )
 
 

@@ -136,9 +136,7 @@ def _run(core: set[fx.Node], stretch: list[fx.Node], views: set[fx.Node]) -> Run
 
 def _is_read_outside(node: fx.Node, core: set[fx.Node], views: set[fx.Node]) -> bool:
     """Whether anything but ``core`` reads ``node``, be it through views."""
-    return any(
-        user not in core and (user not in views or _is_read_outside(user, core, views)) for user in node.users
-    )
+    return any(user not in core and (user not in views or _is_read_outside(user, core, views)) for user in node.users)
 
 
 def _nbytes(node: fx.Node) -> int:

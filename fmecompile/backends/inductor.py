@@ -7,11 +7,12 @@ weights included, so a change in place is seen.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import warnings
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fmecompile.errors import BackendError, OptionError
+from fmecompile.graph import edit
 from fmecompile.graph.specs import spec_of, tensor_spec
 from fmecompile.graph.structure import structure
 from fmecompile.runtime.fused import FusedRun, Kernel
@@ -28,16 +30,20 @@ from fmecompile.runtime.measure import rounded_bytes
 _OPTIONS: dict[str, Any] = {
     "layout_optimization": False,  # results have the strides that the rest of the program was planned with
     "freezing": False,  # weights stay live
+    "fx_graph_cache": False,  # what a kernel allocates is told while it is lowered; its C++ is cached all the same
     "compile_threads": 1,  # a kernel at a time: a pool of workers takes longer to start than it saves
     "size_asserts": False,  # the program was planned for these shapes, and a signature lets no others in
     "triton.cudagraphs": False,
 }
 
-_compiled: weakref.WeakValueDictionary[Any, FusedRun] = weakref.WeakValueDictionary()
-_failed: set[Any] = set()
-
+_TRUSTED: dict[str, Any] = {"cpp.vec_isa_ok": True}
+"""The compiler knows the vectors of the processor: Inductor tries each kind otherwise, which takes it longer than most
+kernels."""
 
 BACKENDS = ("eager", "inductor")
+
+_made: weakref.WeakValueDictionary[Any, FusedRun] = weakref.WeakValueDictionary()
+_failed: set[Any] = set()
 
 
 def fuse_by(backend: object, strict: bool = False) -> Inductor | None:
@@ -56,65 +62,129 @@ class Inductor:
     BackendError."""
 
     strict: bool = False
+    told: set[str] = field(default_factory=set, compare=False)
 
     def __call__(self, operators: fx.GraphModule, room_bytes: int) -> FusedRun | None:
         """One call of ``operators`` that allocates ``room_bytes`` at most; None where there is none."""
+        missing = _missing(operators)
+        if missing:
+            self._tell(f"backend='inductor' needs {missing}, and there is none", "install one, or use backend='eager'")
+            return None
         key = structure(operators.graph)
-        run = _compiled.get(key)
+        run = _made.get(key)
         if run is None and key not in _failed:
             try:
-                run = _compiled[key] = _compile(operators)
+                run = _made[key] = _compile(operators)
             except Exception as error:  # whatever a compiler may raise: the operators run without it
+                names = ", ".join(str(node.target) for node in operators.graph.nodes if node.op == "call_function")
+                self._tell(f"Inductor compiles no kernel of {names}: {_reason(error)}", "use backend='eager'", error)
                 _failed.add(key)
-                self._tell(operators, error)
         return run if run is not None and run.allocated_bytes <= room_bytes else None
 
-    def _tell(self, operators: fx.GraphModule, error: Exception) -> None:
-        names = ", ".join(str(node.target) for node in operators.graph.nodes if node.op == "call_function")
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        fact = f"Inductor compiles no kernel of {names}: {type(error).__name__}: {reason}"
+    def _tell(self, fact: str, next_step: str, error: Exception | None = None) -> None:
         if self.strict:
-            raise BackendError(fact, next_step="use backend='eager', or leave out strict") from error
-        warnings.warn(f"{fact}; these operators run eagerly", UserWarning, stacklevel=2)
+            raise BackendError(fact, next_step=f"{next_step}, or leave out strict") from error
+        if fact not in self.told:
+            self.told.add(fact)
+            warnings.warn(f"{fact}; these operators run eagerly\n  next: {next_step}", UserWarning, stacklevel=2)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _missing(operators: fx.GraphModule) -> str:
+    """What kernels of ``operators`` need and this machine has not, in words; empty where it has all."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch.utils._triton import has_triton
+
+    devices = {tensor_spec(node).device.type for node in operators.graph.nodes if node.op == "placeholder"}
+    if devices != {"cpu"}:
+        return "" if has_triton() else "Triton"
+    try:
+        get_cpp_compiler()
+    except RuntimeError:
+        return "a C++ compiler"
+    return ""
 
 
 def _compile(operators: fx.GraphModule) -> FusedRun:
     """Raises what tracing, lowering or the C++ compiler raise."""
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.exc import CppCompileError
 
-    places = [node for node in operators.graph.nodes if node.op == "placeholder"]
-    results = [tensor_spec(node) for node in operators.graph.output_node().args[0]]  # type: ignore[union-attr]
-    sizes = _Allocations()
     mode = FakeTensorMode()
     with torch.no_grad(), mode:
-        specs = [tensor_spec(place) for place in places]
+        specs = [tensor_spec(node) for node in operators.graph.nodes if node.op == "placeholder"]
         fakes = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device) for s in specs]
-        traced = make_fx(operators, decomposition_table=select_decomp_table())(*fakes)
-    made = [spec_of(node.meta["val"]) for node in traced.graph.output_node().args[0]]  # type: ignore[union-attr]
-    if made != results:
-        raise NotImplementedError(f"the results would be laid out as {made}, and are read as {results}")
+        traced = make_fx(operators, decomposition_table=_decompositions())(*fakes)
+    results = [spec_of(node.meta["val"]) for node in traced.graph.output_node().args[0]]  # type: ignore[union-attr]
+    edit.keep_layout(traced.graph)
+    try:
+        kernel, buffers = _lowered(traced, fakes, mode, _OPTIONS | _TRUSTED)
+    except CppCompileError:
+        _forget_vectors()
+        kernel, buffers = _lowered(traced, fakes, mode, _OPTIONS)
+    if buffers.strides != [spec.stride for spec in results]:
+        raise NotImplementedError(f"its results would have other strides, {buffers.strides}")
+    return FusedRun(operators, kernel, [(s.shape, s.stride, s.dtype) for s in results], buffers.nbytes)
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's, but a GroupNorm writes contiguous values whatever it reads, as the library does: what reads them next
+    would copy others."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = dict(select_decomp_table())
+    norm = table[torch.ops.aten.native_group_norm.default]
+
+    def group_norm(*args: Any) -> tuple[torch.Tensor, ...]:
+        values, *statistics = norm(*args)
+        return (values.contiguous(), *statistics)
+
+    return {**table, torch.ops.aten.native_group_norm.default: group_norm}
+
+
+def _lowered(
+    traced: fx.GraphModule, fakes: list[torch.Tensor], mode: FakeTensorMode, options: dict[str, Any]
+) -> tuple[Kernel, _Buffers]:
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    buffers = _Buffers()
     context = torch._guards.TracingContext(mode)
-    with torch.no_grad(), torch._guards.tracing(context), config.patch({**_OPTIONS, "_post_fusion_custom_pass": sizes}):
-        kernel: Kernel = compile_fx_inner(traced, fakes)  # type: ignore[assignment]
-    return FusedRun(operators, kernel, [(s.shape, s.stride, s.dtype) for s in results], sizes.nbytes)
+    with (
+        torch.no_grad(),
+        torch._guards.tracing(context),
+        config.patch({**options, "_post_fusion_custom_pass": buffers}),
+    ):
+        return compile_fx_inner(copy.deepcopy(traced), fakes), buffers  # type: ignore[return-value]
 
 
-class _Allocations:
-    """Adds up the buffers that a kernel allocates, results included; as a pass of Inductor it changes nothing."""
+def _forget_vectors() -> None:
+    """Let Inductor find out by itself which vectors the compiler knows."""
+    from torch._inductor import cpu_vec_isa
+
+    for cached in (cpu_vec_isa.valid_vec_isa_list, cpu_vec_isa.VecISA.__bool__impl):
+        getattr(cached, "cache_clear", lambda: None)()
+
+
+class _Buffers:
+    """The bytes that a kernel allocates, results included, and the strides of its results. A pass of Inductor that
+    changes nothing."""
 
     def __init__(self) -> None:
         self.nbytes = 0
+        self.strides: list[tuple[int, ...]] = []
 
     def __call__(self, nodes: Sequence[Any]) -> Sequence[Any]:
+        from torch._inductor.virtualized import V
+
+        self.strides = [tuple(int(step) for step in result.get_stride()) for result in V.graph.graph_outputs]
         for node in nodes:
             inside = {part.get_name() for part in node.get_nodes()}
             for buffer in node.get_outputs():
-                users = {user.node.get_name() for user in buffer.users}
-                if not users <= inside:
-                    self.nbytes += rounded_bytes(buffer.node.get_layout().storage_size() * buffer.node.get_dtype().itemsize)
+                if any(user.node.get_name() not in inside for user in buffer.users):
+                    layout = buffer.node.get_layout()
+                    self.nbytes += rounded_bytes(int(layout.storage_size()) * layout.dtype.itemsize)
         return nodes
-
-    def uuid(self) -> None:
-        """Not part of the key of cached kernels."""

@@ -207,3 +207,9 @@ def between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     while found[-1] is not last:
         found.append(found[-1].next)
     return found
+
+
+def keep_layout(graph: fx.Graph) -> None:
+    """Tell Inductor that the strides of every result are read."""
+    output = graph.output_node()
+    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
