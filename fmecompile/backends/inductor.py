@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -44,6 +46,8 @@ BACKENDS = ("eager", "inductor")
 
 _made: weakref.WeakValueDictionary[Any, FusedRun] = weakref.WeakValueDictionary()
 _failed: set[Any] = set()
+_lock = threading.RLock()
+"""Inductor works on state of the whole process."""
 
 
 def fuse_by(backend: object, strict: bool = False) -> Inductor | None:
@@ -70,6 +74,11 @@ class Inductor:
         if missing:
             self._tell(f"backend='inductor' needs {missing}, and there is none", "install one, or use backend='eager'")
             return None
+        with _lock:
+            run = self._run(operators)
+        return run if run is not None and run.allocated_bytes <= room_bytes else None
+
+    def _run(self, operators: fx.GraphModule) -> FusedRun | None:
         key = structure(operators.graph)
         run = _made.get(key)
         if run is None and key not in _failed:
@@ -79,7 +88,7 @@ class Inductor:
                 names = ", ".join(str(node.target) for node in operators.graph.nodes if node.op == "call_function")
                 self._tell(f"Inductor compiles no kernel of {names}: {_reason(error)}", "use backend='eager'", error)
                 _failed.add(key)
-        return run if run is not None and run.allocated_bytes <= room_bytes else None
+        return run
 
     def _tell(self, fact: str, next_step: str, error: Exception | None = None) -> None:
         if self.strict:
@@ -152,10 +161,10 @@ def _lowered(
     from torch._inductor.compile_fx import compile_fx_inner
 
     buffers = _Buffers()
-    context = torch._guards.TracingContext(mode)
+    context = TracingContext(mode)
     with (
         torch.no_grad(),
-        torch._guards.tracing(context),
+        tracing(context),
         config.patch({**options, "_post_fusion_custom_pass": buffers}),
     ):
         return compile_fx_inner(copy.deepcopy(traced), fakes), buffers  # type: ignore[return-value]
