@@ -106,7 +106,7 @@ def test_kernels_hold_no_more_than_projected() -> None:
 
 @torch.no_grad()
 def test_results_have_the_strides_of_the_library() -> None:
-    """A GroupNorm of permuted values is contiguous; a kernel by itself would lay it out as they are."""
+    """A GroupNorm of permuted values is contiguous; on fake tensors it says that it is not."""
     x, weight = torch.randn(2, 6, 4).permute(0, 2, 1), torch.rand(4)
     graph = fx.Graph()
     places = [graph.placeholder(name) for name in ("x", "weight")]
@@ -181,6 +181,8 @@ def test_depth_adds_no_kernels() -> None:
         module = fmecompile.optimize(blocks(depth), backend="inductor", strict=True)
         assert relative(module(clip()), fmecompile.restore(blocks(depth))(clip())) <= 1e-10
         counts.append(len(kernels(module)))
+        note = dict(fmecompile.explain(module).records[0].notes)["fuse-runs"]
+        assert note.startswith(f"{counts[-1]} kernels at ")
     assert counts[0] == counts[1] > 0
 
 

@@ -12,7 +12,7 @@ import difflib
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,13 +120,14 @@ def _missing(operators: fx.GraphModule) -> str:
 
 def _compile(operators: fx.GraphModule) -> FusedRun:
     """Raises what tracing, lowering or the C++ compiler raise."""
+    from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.exc import CppCompileError
 
     mode = FakeTensorMode()
     with torch.no_grad(), mode:
         specs = [tensor_spec(node) for node in operators.graph.nodes if node.op == "placeholder"]
         fakes = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device) for s in specs]
-        traced = make_fx(operators, decomposition_table=_decompositions())(*fakes)
+        traced = make_fx(operators, decomposition_table=select_decomp_table())(*fakes)
     results = [spec_of(node.meta["val"]) for node in traced.graph.output_node().args[0]]  # type: ignore[union-attr]
     edit.keep_layout(traced.graph)
     try:
@@ -137,21 +138,6 @@ def _compile(operators: fx.GraphModule) -> FusedRun:
     if buffers.strides != [spec.stride for spec in results]:
         raise NotImplementedError(f"its results would have other strides, {buffers.strides}")
     return FusedRun(operators, kernel, [(s.shape, s.stride, s.dtype) for s in results], buffers.nbytes)
-
-
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's, but a GroupNorm writes contiguous values whatever it reads, as the library does: what reads them next
-    would copy others."""
-    from torch._inductor.decomposition import select_decomp_table
-
-    table = dict(select_decomp_table())
-    norm = table[torch.ops.aten.native_group_norm.default]
-
-    def group_norm(*args: Any) -> tuple[torch.Tensor, ...]:
-        values, *statistics = norm(*args)
-        return (values.contiguous(), *statistics)
-
-    return {**table, torch.ops.aten.native_group_norm.default: group_norm}
 
 
 def _lowered(
