@@ -11,7 +11,7 @@ its end, where operators would have let go of some.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from fmecompile.analysis.storages import storages
 from fmecompile.graph import edit
 from fmecompile.graph.group import Group
 from fmecompile.graph.program import Program, compute_nodes
+from fmecompile.graph.specs import node_spec
 from fmecompile.graph.structure import structure
 from fmecompile.runtime.chunk_loop import ChunkLoop
 from fmecompile.runtime.fused import FusedRun
@@ -57,7 +58,7 @@ class FuseRuns:
         places += _bodies(groups, loops, projection, self.peak_bytes, facts)
         for place in places:
             for run in runs(place.graph, facts):
-                graph = edit.isolated(run.inside, run.operands, run.results)
+                graph = edit.isolated(run.inside, run.operands, run.results, run.placed)
                 kinds.setdefault(structure(graph), _Kind(graph)).add(place, run)
         worth = [kind for kind in kinds.values() if kind.saved_bytes >= self.min_bytes]
         worth.sort(key=lambda kind: -kind.saved_bytes)
@@ -89,10 +90,10 @@ class _Place:
         others = sum(self.own[node] for node in between if node not in run.core)
         return self.limit_bytes - self.live[run.core[0]] - others
 
-    def put(self, name: str, module: FusedRun, run: Run) -> None:
+    def put(self, name: str, module: FusedRun, run: Run, specs: Sequence[Any]) -> None:
         self.modules(name, module)
         operands = [self.moved.get(operand, operand) for operand in run.operands]
-        self.moved |= edit.outline(name, run.core, operands, run.results)
+        self.moved |= edit.outline(name, run.core, operands, run.results, specs)
 
     def finish(self) -> None:
         edit.drop_dead(self.graph)
@@ -119,8 +120,9 @@ class _Kind:
         module = fuse(operators, room)
         if module is None:
             return False
+        specs = [node_spec(node) for node in self.graph.output_node().args[0]]  # type: ignore[union-attr]
         for place, run in self.uses:
-            place.put(name, module, run)
+            place.put(name, module, run, specs)
         return True
 
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from fmecompile.analysis.facts import CallFacts, FactTable
 from fmecompile.analysis.storages import tensor_operands
-from fmecompile.graph.specs import TensorSpec, node_spec, specs_in
+from fmecompile.graph.specs import TensorSpec, node_spec, specs_in, tensor_spec
 from fmecompile.runtime.measure import rounded_bytes
 from fmecompile.runtime.norms import group_norm_apply, group_norm_statistics
 
@@ -38,15 +38,22 @@ _FUSED = {
 """Operators without products that are no pointwise ones, and that are compiled well."""
 
 
+_STRIDED = 4
+"""How many times over a library that multiplies a strided value would write it in the time it takes longer."""
+
+
 @dataclass(frozen=True)
 class Run:
-    """``core`` are the operators that allocate, ``inside`` those and the views between them, both in order; ``results``
-    are the values of ``core`` that are read elsewhere. ``saved_bytes`` are no longer written."""
+    """``core`` are the operators that a kernel stands for, ``inside`` those and the views between them, both in order;
+    ``results`` are the values of ``core`` that are read elsewhere. ``placed`` are those results that are views which
+    library calls read badly: a kernel writes them contiguously. ``saved_bytes`` are no longer written, or copied by a
+    library."""
 
     core: tuple[fx.Node, ...]
     inside: tuple[fx.Node, ...]
     operands: tuple[fx.Node, ...]
     results: tuple[fx.Node, ...]
+    placed: frozenset[fx.Node]
     saved_bytes: int
 
 
@@ -88,8 +95,9 @@ def _runs_in(stretch: list[fx.Node], facts: FactTable) -> Iterator[Run]:
         for operand in _through_views(node, views):
             parts.join(node if node not in views else None, operand)
     for core in parts.components():
-        if len(core) > 1:
-            yield _run(set(core), stretch, views)
+        run = _run(set(core), stretch, views)
+        if len(core) > 1 or run.placed:
+            yield run
 
 
 def _through_views(node: fx.Node, views: set[fx.Node]) -> Iterator[fx.Node]:
@@ -119,6 +127,12 @@ class _Parts:
 
 
 def _run(core: set[fx.Node], stretch: list[fx.Node], views: set[fx.Node]) -> Run:
+    read = [node for node in core if _is_read_outside(node, core, views)]
+    chains = [chain for node in read if (chain := _to_strided_view(node, core, views))]
+    saved = sum(map(_nbytes, core.difference(read))) + sum(_STRIDED * _nbytes(chain[-1]) for chain in chains)
+    placed = {chain[-1] for chain in chains}
+    core = core.union(*chains)
+    results = placed.union(node for node in read if not any(node in chain[0].all_input_nodes for chain in chains))
     wanted: set[fx.Node] = set()
     inside: list[fx.Node] = []
     for node in reversed(stretch):
@@ -129,9 +143,34 @@ def _run(core: set[fx.Node], stretch: list[fx.Node], views: set[fx.Node]) -> Run
     within = set(inside)
     operands = dict.fromkeys(n for node in inside for n in node.all_input_nodes if n not in within)
     in_order = tuple(node for node in inside if node in core)
-    results = tuple(node for node in in_order if _is_read_outside(node, core, views))
-    saved = sum(_nbytes(node) for node in core.difference(results))
-    return Run(in_order, tuple(inside), tuple(operands), results, saved)
+    returned = tuple(node for node in in_order if node in results)
+    return Run(in_order, tuple(inside), tuple(operands), returned, frozenset(placed), saved)
+
+
+def _to_strided_view(node: fx.Node, core: set[fx.Node], views: set[fx.Node]) -> list[fx.Node]:
+    """The views of ``node`` that lead to the only one of it that is read, where that has all its values, is not
+    contiguous, and is no result of the graph; else none."""
+    chain: list[fx.Node] = []
+    readers = [user for user in node.users if user not in core]
+    while len(readers) == 1 and readers[0] in views and _numel(readers[0]) == _numel(node):
+        chain.append(readers[0])
+        readers = list(chain[-1].users)
+    if not chain or _is_contiguous(chain[-1]) or any(user.op == "output" for user in readers):
+        return []
+    return chain
+
+
+def _numel(node: fx.Node) -> int:
+    return tensor_spec(node).numel
+
+
+def _is_contiguous(node: fx.Node) -> bool:
+    spec, step = tensor_spec(node), 1
+    for size, stride in reversed(list(zip(spec.shape, spec.stride, strict=True))):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return True
 
 
 def _is_read_outside(node: fx.Node, core: set[fx.Node], views: set[fx.Node]) -> bool:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from math import prod
 from typing import Any
 
+import torch
 from torch import fx
 from torch.utils._pytree import tree_structure
 
 from fmecompile.analysis.facts import FactTable
 from fmecompile.graph.program import Binding, Program, compute_nodes
 from fmecompile.graph.specs import SPEC, specs_in
+
+aten = torch.ops.aten
 
 _PROVENANCE = ("nn_module_stack", "stack_trace")
 
@@ -159,8 +163,11 @@ def set_spec(node: fx.Node, spec: Any) -> None:
     node.meta[SPEC] = spec
 
 
-def isolated(inside: Iterable[fx.Node], operands: Iterable[fx.Node], results: Iterable[fx.Node]) -> fx.Graph:
-    """A graph of its own that makes ``results`` from ``operands`` by copies of the nodes ``inside``."""
+def isolated(
+    inside: Iterable[fx.Node], operands: Iterable[fx.Node], results: Iterable[fx.Node], placed: Collection[fx.Node]
+) -> fx.Graph:
+    """A graph of its own that makes ``results`` from ``operands`` by copies of the nodes ``inside``, contiguous ones of
+    those in ``placed``."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for k, operand in enumerate(operands):
@@ -168,24 +175,35 @@ def isolated(inside: Iterable[fx.Node], operands: Iterable[fx.Node], results: It
         set_spec(env[operand], operand.meta[SPEC])
     for node in inside:
         set_spec(copy_into(graph, node, env), node.meta[SPEC])
-    graph.output(tuple(env[result] for result in results))
+    graph.output(tuple(_contiguous(env[node]) if node in placed else env[node] for node in results))
     return graph
 
 
+def _contiguous(node: fx.Node) -> fx.Node:
+    clone = node.graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+    spec = node.meta[SPEC]
+    set_spec(clone, spec._replace(stride=tuple(prod(spec.shape[d + 1 :]) for d in range(len(spec.shape)))))
+    return clone
+
+
 def outline(
-    name: str, core: Sequence[fx.Node], operands: Iterable[fx.Node], results: Sequence[fx.Node]
+    name: str,
+    core: Sequence[fx.Node],
+    operands: Iterable[fx.Node],
+    results: Sequence[fx.Node],
+    specs: Sequence[Any],
 ) -> dict[fx.Node, fx.Node]:
     """Let a call of the submodule ``name`` behind the last of ``core`` make ``results`` instead of it; what stands for
-    each. Between the nodes of ``core`` only views may read a result: those move behind the call.
+    each, with ``specs``. Between the nodes of ``core`` only views may read a result: those move behind the call.
     """
     stretch = between(core[0], core[-1])
     anchor = core[-1].next
     call = insert_loop(anchor, name, tuple(operands), like=core[-1])
-    set_spec(call, tuple(result.meta[SPEC] for result in results))
+    set_spec(call, tuple(specs))
     stands: dict[fx.Node, fx.Node] = {}
     for k, result in enumerate(results):
         value = stands[result] = insert_before(anchor, operator.getitem, (call, k), like=result)
-        set_spec(value, result.meta[SPEC])
+        set_spec(value, specs[k])
         for user in [user for user in result.users if user not in core]:
             read_instead(user, result, value)
     late = set(stands.values())
