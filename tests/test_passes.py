@@ -578,8 +578,8 @@ def test_a_pass_has_nothing_to_do_the_second_time(golden: Golden) -> None:
 
 
 def test_every_pass_has_golden_files() -> None:
-    """One folder a pass, and none of a pass that is gone."""
-    files = {path.stem.replace("_", "-") for path in (ROOT.parent / "passes").glob("[a-z]*.py")}
+    """One folder a pass that changes graphs, and none of a pass that is gone."""
+    files = {path.stem.replace("_", "-") for path in (ROOT.parent / "passes").glob("[a-z]*.py")} - {"pipeline-chunks"}
     assert {path.name for path in GOLDEN.iterdir()} == files
     assert {pass_name(item) for item in PASSES} <= files
     assert {path.relative_to(GOLDEN) for path in GOLDEN.rglob("*.txt")} == {

@@ -137,9 +137,9 @@ def annotate(nodes: Iterable[fx.Node], facts: FactTable) -> None:
 
 
 def drop_dead(graph: fx.Graph) -> None:
-    """Erase calls that nothing reads; placeholders stay."""
+    """Erase calls that nothing reads, and that write nothing; placeholders stay."""
     for node in reversed(compute_nodes(graph)):
-        if not node.users:
+        if not node.users and not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
             graph.erase_node(node)
 
 
