@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fmecompile.backends.budgeted import NO_WISHES, Budget, Wishes, compile_budgeted
 from fmecompile.backends.eager import EagerCompiler
-from fmecompile.backends.inductor import fuse_by
 from fmecompile.backends.reusing import ReusingCompiler
 from fmecompile.capture.example import Example, eager_measurement
 from fmecompile.capture.families import COMPONENTS, DECODER, SCALAR_INPUTS, is_denoiser, is_pipeline, parts
@@ -64,9 +63,6 @@ def optimize(
     ``spill`` says whether values may wait in host memory where no other plan meets the budget: by default where the
     device has a memory of its own. ``max_chunks`` bounds the chunk trips of every group.
 
-    ``backend`` says how operators run: ``"eager"`` one by one, ``"inductor"`` with what stands between library calls
-    fused into compiled kernels, where a C++ compiler is at hand.
-
     ``cuda_graphs=True`` records each program at its second call and replays it from then on, which spares the host most
     of its work; what is returned is still the caller's own. It costs a copy of inputs and outputs, which the budget
     counts. With one warning it goes without: on another device, where recording fails, and where shapes change, or
@@ -86,14 +82,15 @@ def optimize(
     """
     found = _parts(target, "optimize")
     policy = _policy(reuse, found)
-    fuse = fuse_by(backend, strict)
+    _refuse(backend != "eager", "backend", backend, "use backend='eager'")
     if plan is not None and not isinstance(plan, Plan):
         raise OptionError(f"plan is a {type(plan).__name__}", next_step="pass fmecompile.Plan.load(path)")
     budget = None if memory_budget is None else Budget.of(memory_budget, target)
     if budget is not None:
         budget.require_weights(found)
-    wishes = _wishes(spill, max_chunks, cuda_graphs)
-    compiler = EagerCompiler(() if plan is None else (plan,), _progress, budget, wishes, fuse=fuse)
+    compiler = EagerCompiler(
+        () if plan is None else (plan,), _progress, budget, _wishes(spill, max_chunks, cuda_graphs)
+    )
     graphed = {path: replace(compiler, graphs=Graphs()) if cuda_graphs else compiler for path in found}
     compilers = {path: _reusing(path, graphed[path], policy, target) for path in found}
     _install(target, [_dispatcher(module, compilers[path], strict) for path, module in found.items()])
@@ -337,3 +334,8 @@ def _not_optimized(target: object) -> TargetError:
     return TargetError(
         f"this {type(target).__name__} is not optimized", next_step="call fmecompile.optimize(module) first"
     )
+
+
+def _refuse(condition: bool, option: str, value: object, next_step: str) -> None:
+    if condition:
+        raise OptionError(f"{option}={value!r} is not supported", next_step=next_step)

@@ -12,21 +12,13 @@ def min_trip_bytes() -> int | None:
     """The least working set of one chunk trip, in bytes, where ``FMECOMPILE_MIN_TRIP_BYTES`` says it: loops are then
     chosen whatever time they take. None: time decides.
     """
-    return _bytes_of("FMECOMPILE_MIN_TRIP_BYTES") if "FMECOMPILE_MIN_TRIP_BYTES" in os.environ else None
-
-
-def min_fused_bytes() -> int:
-    """The least that a kernel has to spare of what one call writes, in bytes: less is not worth compiling it.
-
-    4 MiB by default; ``FMECOMPILE_MIN_FUSED_BYTES`` overrides it.
-    """
-    return _bytes_of("FMECOMPILE_MIN_FUSED_BYTES", 4 << 20)
-
-
-def _bytes_of(name: str, default: int = 0) -> int:
-    text = os.environ.get(name, str(default))
+    text = os.environ.get("FMECOMPILE_MIN_TRIP_BYTES")
+    if text is None:
+        return None
     if not text.isdecimal():
-        raise OptionError(f"{name}={text!r} is not a number of bytes", next_step="unset it, or give a whole number")
+        raise OptionError(
+            f"FMECOMPILE_MIN_TRIP_BYTES={text!r} is not a number of bytes", next_step="unset it, or give a whole number"
+        )
     return int(text)
 
 

@@ -26,7 +26,6 @@ from fmecompile.analysis.verify import measured_peak_bytes
 from fmecompile.budget import Allowance
 from fmecompile.capture.example import Example
 from fmecompile.capture.export import capture
-from fmecompile.config import min_fused_bytes
 from fmecompile.errors import BudgetInfeasible
 from fmecompile.graph import edit
 from fmecompile.graph.group import Group
@@ -44,7 +43,6 @@ from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
 from fmecompile.passes.fold_constants import FoldConstants
 from fmecompile.passes.fuse_norm import FuseNorm
-from fmecompile.passes.fuse_runs import Fuse, FuseRuns
 from fmecompile.passes.kernels import Kernels
 from fmecompile.passes.late_expand import LateExpand
 from fmecompile.passes.one_key import OneKey
@@ -69,8 +67,7 @@ PASSES = (
     AcceptStrides(),
     TwoPassNorm(),
     # then: step-reuse (where it is asked for), KERNEL_PASSES, partition (the search), pipeline-chunks, reader-layout
-    # and write-through (the bodies of its loops), chunk-loops (the rewrite by its plan), fuse-norm,
-    # fuse-runs (a backend's kernels)
+    # and write-through (the bodies of its loops), chunk-loops (the rewrite by its plan), fuse-norm
 )
 
 KERNEL_PASSES = {
@@ -89,8 +86,7 @@ MAX_REPAIRS = 3
 @dataclass
 class Compilation:
     """One program on its way through the stages. ``notes`` holds what each stage said it did, ``weight_bytes`` what the
-    module reads of its weights, which are there though a rewrite may not read all of them. ``fuse`` makes kernels of
-    runs of operators, where a backend has any."""
+    module reads of its weights, which are there though a rewrite may not read all of them."""
 
     program: Program
     facts: FactTable = field(default_factory=FactTable)
@@ -98,7 +94,6 @@ class Compilation:
     loops: dict[str, nn.Module] = field(default_factory=dict)
     notes: list[tuple[str, str]] = field(default_factory=list)
     weight_bytes: int | None = None
-    fuse: Fuse | None = None
 
     def project(self) -> Projection:
         return project(self.program, self.groups, self.facts)
@@ -138,7 +133,6 @@ def compile_module(
     saved: Sequence[Plan] = (),
     limits: Limits = NO_LIMITS,
     observe: Observe | None = None,
-    fuse: Fuse | None = None,
 ) -> tuple[Compiled, Plan]:
     """Capture, normalise, partition and rewrite one call of ``module``. A matching plan in ``saved`` spares the search.
 
@@ -146,7 +140,7 @@ def compile_module(
         CaptureError: the module cannot be captured; whatever cannot be sliced afterwards is only a barrier.
         BudgetInfeasible: every plan holds more than ``limits`` allow.
     """
-    compilation = Compilation(capture(module, args, kwargs), fuse=fuse)
+    compilation = Compilation(capture(module, args, kwargs))
     normalise(compilation, observe)
     return lower_within(compilation, saved, limits, observe)
 
@@ -283,10 +277,6 @@ def lower(
         whole_s=partitioner.region.whole_s,
         transfer=transfer(program, answer.groups, computed),
     )
-    if compilation.fuse is not None:
-        fuse_runs = FuseRuns(compilation.fuse, projected, min_fused_bytes())
-        note = fuse_runs.apply(program, compilation.groups, compilation.loops, projection, facts)
-        compilation.done("fuse-runs", note, observe)
     compiled = finish(compilation)
     _LOGGER.info("%s", plan.summary())
     _trace("fmecompile_plan", "json", plan.to_json)

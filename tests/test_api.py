@@ -103,7 +103,7 @@ def test_wrong_targets(door: Any, target: Any, hint: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"memory_budget": "8 apples"}, {"reuse": object()}, {"backend": "inducter"}, {"plan": "plan.json"}]
+    "option", [{"memory_budget": "8 apples"}, {"reuse": object()}, {"backend": "inductor"}, {"plan": "plan.json"}]
 )
 def test_unsupported_options(option: dict[str, Any]) -> None:
     module = block()

@@ -17,7 +17,6 @@ from conformance import FACTS, Tape, assert_same, is_valid, module_of, region_of
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fmecompile.analysis.memory import project
 from fmecompile.capture.export import capture
 from fmecompile.graph import edit
 from fmecompile.graph.group import Group
@@ -32,7 +31,6 @@ from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
 from fmecompile.passes.fold_constants import FoldConstants
 from fmecompile.passes.fuse_norm import FuseNorm
-from fmecompile.passes.fuse_runs import FuseRuns
 from fmecompile.passes.kernels import Kernels
 from fmecompile.passes.late_expand import LateExpand
 from fmecompile.passes.one_key import OneKey
@@ -49,7 +47,6 @@ from fmecompile.passes.write_through import WriteThrough
 from fmecompile.pipeline import PASSES, Compilation, finish, pass_name
 from fmecompile.runtime.chunk_loop import ChunkLoop, LoopSpec, Narrow, Slicing
 from fmecompile.runtime.executable import Executable
-from fmecompile.runtime.fused import FusedRun
 
 aten = torch.ops.aten
 ROOT = Path(__file__).parent
@@ -503,7 +500,7 @@ def run(
     program: Program,
     case: Case,
     inputs: Sequence[torch.Tensor],
-    loops: dict[str, Any] | None = None,
+    loops: dict[str, ChunkLoop] | None = None,
     kept: dict[tuple[str, int], torch.Tensor] | None = None,
     *,
     everything: bool = False,
@@ -585,7 +582,6 @@ def test_every_pass_has_golden_files() -> None:
     assert {path.relative_to(GOLDEN) for path in GOLDEN.rglob("*.txt")} == {
         *(golden.path.relative_to(GOLDEN) for golden in CASES),
         *(Path(case.folder) / f"{name}.txt" for name, case in LOOPS.items()),
-        *(Path("fuse-runs") / f"{name}.txt" for name in FUSED),
     }
 
 
@@ -704,47 +700,6 @@ def test_golden_loops(name: str, update_golden: bool) -> None:
     bodies = "".join(f"\n{loop_text(*item)}" for item in loops.items())
     text = f"before\n{before}\nafter: {len(loops)} loops\n{text_of(program.graph)}{bodies}"
     compare(GOLDEN / spec.folder / f"{name}.txt", text, update_golden)
-
-
-def gate(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """The second product reads one value, where three were written."""
-    value, gate = F.linear(x, w).chunk(2, -1)
-    return F.linear(value * F.gelu(gate), w.view(12, 9))
-
-
-def read_again(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """The sum is a result too, be it through a view; the second run reads what the first one made."""
-    total = x + F.silu(x)
-    return F.linear(F.layer_norm(total.view(2, 2, 6), (6,)), w[:6]).view(4, 6).tanh() * total
-
-
-def apart(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Two runs of one structure side by side, and a single operator."""
-    return x.exp() * 2, x.tanh() + 1, w.exp() * 2, F.linear(x, w).sin()
-
-
-FUSED = {"gate": gate, "read_again": read_again, "apart": apart}
-
-
-@pytest.mark.parametrize("name", FUSED)
-def test_golden_runs(name: str, update_golden: bool) -> None:
-    case, inputs, fused = Case(FUSED[name], noise(18, 6, seed=1)), (noise(4, 6),), []
-
-    def fuse(operators: fx.GraphModule, room_bytes: int) -> FusedRun:
-        fused.append(f"\nkernel, room for {room_bytes} bytes\n{text_of(operators.graph)}")
-        return FusedRun(operators, lambda given: operators(*given), (), 0)
-
-    program = captured(case, inputs, (DropNoops(),))
-    before, want = text_of(program.graph), run(program, case, inputs)
-    loops: dict[str, nn.Module] = {}
-    note = FuseRuns(fuse, peak_bytes=1 << 20, min_bytes=0).apply(program, {}, loops, project(program, {}, FACTS), FACTS)
-    check(program)
-    assert_same(run(program, case, inputs, loops), want)
-    compare(
-        GOLDEN / "fuse-runs" / f"{name}.txt",
-        f"before\n{before}\nafter: {note}\n{text_of(program.graph)}{''.join(fused)}",
-        update_golden,
-    )
 
 
 def test_a_norm_inside_a_body_is_joined_again() -> None:

@@ -19,7 +19,8 @@ def measured_peak_bytes(program: Program, loops: dict[str, nn.Module]) -> int:
     """Peak of live storages of the program on fake tensors, weights and inputs not counted."""
     root = nn.Module()
     for name, loop in loops.items():
-        root.add_module(name, _Probe(loop) if isinstance(loop, ChunkLoop) else loop)
+        assert isinstance(loop, ChunkLoop)
+        root.add_module(name, _Probe(loop))
     module = fx.GraphModule(root, program.graph)
     with FakeTensorMode() as mode, torch.no_grad():
         specs = [tensor_spec(node) for node in program.placeholders]

@@ -22,7 +22,6 @@ from fmecompile.errors import BudgetInfeasible, OptionError
 from fmecompile.graph.plan import Plan
 from fmecompile.partition.nests import MAX_TRIPS
 from fmecompile.partition.tradeoffs import Limits
-from fmecompile.passes.fuse_runs import Fuse
 from fmecompile.pipeline import Observe, compile_module
 from fmecompile.runtime.executable import Compiled
 
@@ -155,7 +154,6 @@ def compile_budgeted(
     wishes: Wishes = NO_WISHES,
     saved: Sequence[Plan] = (),
     observe: Observe | None = None,
-    fuse: Fuse | None = None,
 ) -> tuple[Compiled, Plan, Allowance | None]:
     """Compile one call of the module in ``shell`` within ``budget``; without one, by the default plan.
 
@@ -167,7 +165,7 @@ def compile_budgeted(
     """
 
     def make(limits: Limits) -> tuple[Compiled, Plan]:
-        return compile_module(shell, args, kwargs, saved=saved, limits=limits, observe=observe, fuse=fuse)
+        return compile_module(shell, args, kwargs, saved=saved, limits=limits, observe=observe)
 
     return within_budget(shell, (args, kwargs), budget, wishes, make)
 

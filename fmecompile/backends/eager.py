@@ -13,7 +13,6 @@ from fmecompile.backends.budgeted import NO_WISHES, Budget, Wishes, compile_budg
 from fmecompile.capture.example import Example
 from fmecompile.capture.shell import Shell
 from fmecompile.graph.plan import Plan
-from fmecompile.passes.fuse_runs import Fuse
 from fmecompile.pipeline import Compilation, Observe, Record
 from fmecompile.runtime.executable import Executable
 from fmecompile.runtime.graphed import Graphs
@@ -29,14 +28,13 @@ def silent(_: str) -> AbstractContextManager[Callable[[str], None]]:
 @dataclass(frozen=True)
 class EagerCompiler:
     """The compiler callback of a dispatcher. ``saved`` plans spare the search where they match and fit ``budget``;
-    ``fuse`` makes kernels of runs of operators; programs are replayed by ``graphs``, if they are given."""
+    programs are replayed by ``graphs``, if they are given."""
 
     saved: tuple[Plan, ...] = ()
     progress: Progress = silent
     budget: Budget | None = None
     wishes: Wishes = NO_WISHES
     graphs: Graphs | None = None
-    fuse: Fuse | None = None
 
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -45,7 +43,7 @@ class EagerCompiler:
         with self.observed(module) as (observe, notes):
             shell = Shell(module, forward)
             compiled, plan, allowance = compile_budgeted(
-                shell, args, kwargs, self.budget, wishes=self.wishes, saved=self.saved, observe=observe, fuse=self.fuse
+                shell, args, kwargs, self.budget, wishes=self.wishes, saved=self.saved, observe=observe
             )
         record = Record(plan, example, tuple(notes), allowance, graphs=self.graphs)
         return Executable(compiled, module, self.graphs), record

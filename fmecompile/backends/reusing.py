@@ -30,7 +30,6 @@ from fmecompile.graph.plan import Plan
 from fmecompile.graph.program import Input, Program
 from fmecompile.graph.specs import node_spec
 from fmecompile.partition.tradeoffs import Limits
-from fmecompile.passes.fuse_runs import Fuse
 from fmecompile.passes.prologue import Prologue as SplitPrologue
 from fmecompile.passes.prologue import kept_bytes
 from fmecompile.pipeline import Compilation, Record, lower_within, normalise
@@ -130,13 +129,13 @@ class ReusingCompiler:
         with self.eager.observed(module) as (observe, notes):
             shell = Shell(module, forward)
             timestep = place_of_timestep(forward, args, kwargs)
-            whole = _Captured.of(shell, args, kwargs, self.policy, timestep, observe, self.eager.fuse)
+            whole = _Captured.of(shell, args, kwargs, self.policy, timestep, observe)
             half = None
             if self.policy.needs_guidance:
                 self.policy.check(Steps(1), whole.batch % 2 == 0)
                 leaves, tree = tree_flatten((args, kwargs))
                 half_args, half_kwargs = tree_unflatten(halved(leaves, whole.batch), tree)
-                half = _Captured.of(shell, half_args, half_kwargs, self.policy, timestep, fuse=self.eager.fuse)
+                half = _Captured.of(shell, half_args, half_kwargs, self.policy, timestep)
             variants = _Variants(self, shell, whole, half)
             for decision in (HEAD, FULL) if whole.choice.crossing else (FULL,):
                 variants.make(decision, observe)
@@ -174,9 +173,8 @@ class _Captured:
         policy: Policy,
         timestep: int | None,
         observe: Any = None,
-        fuse: Fuse | None = None,
     ) -> _Captured:
-        compilation = Compilation(capture(shell, args, kwargs), fuse=fuse)
+        compilation = Compilation(capture(shell, args, kwargs))
         normalise(compilation, observe)
         leaves = conditioning(compilation.program, timestep)
         if not policy.needs_guidance:  # half of an input is another tensor at every step

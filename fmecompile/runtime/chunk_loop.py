@@ -159,10 +159,6 @@ class ChunkLoop(nn.Module):
             trips.append((self.spec.kinds[place[-1] // inner.chunk], reads, writes))
         return tuple(trips)
 
-    def trips_of(self, kind: int) -> int:
-        """How many trips run the body ``kind``."""
-        return sum(trip[0] == kind for trip in self._trips)
-
     @property
     def distinct_trips(self) -> Trips:
         """One trip of each body."""

@@ -9,13 +9,13 @@ operators, not the device.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fmecompile.runtime.host import is_host
@@ -67,12 +67,6 @@ class StorageMeter(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, release)
         self.current_bytes += nbytes
 
-    def count(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Count new tensors."""
-        for tensor in tensors:
-            self._watch(tensor, storage_bytes(tensor))
-        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in result if isinstance(result, (tuple, list)) else (result,):
@@ -82,13 +76,6 @@ class StorageMeter(TorchDispatchMode):
         if self.timeline is not None:
             self.timeline.append(self.current_bytes)
         return result
-
-
-def count_allocated(tensors: Iterable[torch.Tensor]) -> None:
-    """Tell the meters that are active of tensors that were allocated where they could not see it."""
-    for mode in _get_current_dispatch_mode_stack():
-        if isinstance(mode, StorageMeter):
-            mode.count(tensors)
 
 
 def _is_alias(result: torch.Tensor, args: Any) -> bool:
