@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import fx
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_structure
 
 from fmecompile.analysis.facts import FactTable
@@ -134,7 +135,7 @@ def annotate(nodes: Iterable[fx.Node], facts: FactTable) -> None:
 def drop_dead(graph: fx.Graph) -> None:
     """Erase calls that nothing reads, and that write nothing; placeholders stay."""
     for node in reversed(compute_nodes(graph)):
-        if not node.users and not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
+        if not node.users and not (isinstance(node.target, OpOverload) and node.target._schema.is_mutable):
             graph.erase_node(node)
 
 
