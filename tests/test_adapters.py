@@ -55,6 +55,7 @@ def test_lora_is_scaled_by_the_call_alone() -> None:
         assert_same(fast, plain, cross_attention_kwargs={"scale": scale})
 
 
+@pytest.mark.slow
 def test_lora_is_hotswapped() -> None:
     """For one of another rank."""
     fast, plain = twins()

@@ -370,7 +370,13 @@ POLICIES_MADE = {
 }
 
 
-@pytest.mark.parametrize("made", POLICIES_MADE.values(), ids=POLICIES_MADE)
+@pytest.mark.parametrize(
+    "made",
+    [
+        pytest.param(made, id=name, marks=[pytest.mark.slow] * (name != "StepRehash"))
+        for name, made in POLICIES_MADE.items()
+    ],
+)
 def test_a_policy_of_a_calibration_runs_as_it_was_decided(
     model: nn.Module, calibration: Calibration, made: Callable[[Calibration], Any]
 ) -> None:

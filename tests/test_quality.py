@@ -266,6 +266,7 @@ def test_similarity_is_that_of_the_modules_results(untrained: torch.nn.Module, s
     assert cosines([torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])])[0] == (1.0, 0.0)
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_an_untrained_model(untrained: torch.nn.Module, shown: Clips, tmp_path: Path) -> None:
     evaluation = Evaluation("svd", untrained, shown, steps=4, seed=0, digits=2)
     feature = Entry.of("DeepCache", fmecompile.DeepCache(interval=2), 4)

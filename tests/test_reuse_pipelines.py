@@ -104,6 +104,7 @@ def steps_of(pipe: Any, **call: Any) -> str:
 # ------------------------------------------------------------------------------------------------------ one generation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", BUILDS)
 def test_full_steps_alone_give_the_frames_of_the_optimized_pipeline(build: Callable[[], Any]) -> None:
     plain = build()
