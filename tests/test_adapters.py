@@ -118,6 +118,7 @@ def test_ip_adapter() -> None:
     assert_same(fast, plain)
 
 
+@pytest.mark.slow
 def test_freeu() -> None:
     fast, plain = twins()
     for pipe in (fast, plain):
@@ -135,6 +136,7 @@ def test_free_noise() -> None:
     assert_same(fast, plain, num_frames=6)
 
 
+@pytest.mark.slow
 def test_free_init() -> None:
     fast, plain = twins()
     for pipe in (fast, plain):

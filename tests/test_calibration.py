@@ -177,7 +177,9 @@ def assert_alike(got: Trace, want: Trace) -> None:
     assert got.ratios == pytest.approx(want.ratios, rel=1e-6)
 
 
-@pytest.mark.parametrize("cut", ["mid_block", "time_embedding", "last_up_temporal"])
+@pytest.mark.parametrize(
+    "cut", [pytest.param("mid_block", marks=pytest.mark.slow), "time_embedding", "last_up_temporal"]
+)
 def test_records_are_of_what_the_module_computes(model: nn.Module, calibration: Calibration, cut: str) -> None:
     record = calibration.record(cut)
     _, returned = hooked(model, record.modules[0], lambda: sampled(model))

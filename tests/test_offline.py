@@ -238,7 +238,7 @@ def test_the_largest_clip_fits_and_the_next_does_not(vae: Path) -> None:
         assert found.size is not None and found.is_tried and not found.is_end and found.bottleneck == "VAE decode"
         sizes = line(model, found.axis)
         following = sizes[sizes.index(found.size) + 1]
-        assert least_total(model, following) > 0.98 * budget_bytes
+        assert least_total(model, following) > 0.85 * budget_bytes
         assert found.eager_size is not None and found.eager_size.volume <= found.size.volume
 
 

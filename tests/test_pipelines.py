@@ -33,7 +33,10 @@ def assert_within_projection(module: nn.Module, args: Any, kwargs: Any) -> None:
     assert measured <= plan.projected_peak_bytes <= plan.allowed_bytes
 
 
-@pytest.mark.parametrize("case", EVERY)
+SELDOM = {"sdxl", "video-to-video", "sparse-controlnet"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SELDOM)) for case in EVERY])
 def test_a_pipeline_gives_the_same_frames(case: str) -> None:
     build, compiled = EVERY[case]
     pipe = build()
@@ -56,6 +59,7 @@ def test_a_pipeline_gives_the_same_frames(case: str) -> None:
     assert torch.equal(frames(pipe), want)
 
 
+@pytest.mark.slow
 def test_every_net_of_several_controlnets_is_compiled() -> None:
     pipe = pipelines.with_controlnet(2)
     call = {"conditioning_frames": [pipelines.images(4), pipelines.images(4, 9)]}
@@ -118,6 +122,7 @@ def test_the_chunk_size_holds_where_the_decoder_is_not_compiled() -> None:
     assert "forward hook" in str(fmecompile.explain(pipe))
 
 
+@pytest.mark.slow
 def test_two_clips_are_decoded_one_by_one() -> None:
     pipe = pipelines.svd()
     call = {"image": pipelines.images(2), "num_inference_steps": 1}

@@ -119,7 +119,7 @@ def test_full_steps_alone_give_the_frames_of_the_optimized_pipeline(build: Calla
 @pytest.mark.parametrize(
     ("build", "policy"),
     [
-        pytest.param(pipelines.svd, fmecompile.StepRehash(full_steps=3), id="svd-rehash"),
+        pytest.param(pipelines.svd, fmecompile.StepRehash(full_steps=3), id="svd-rehash", marks=pytest.mark.slow),
         pytest.param(pipelines.animatediff, EVERY_SECOND, id="animatediff-deep-cache"),
     ],
 )

@@ -71,7 +71,7 @@ def test_a_shallow_step_on_true_values_is_the_full_one(
         again, nothing = shallow.run(tree_leaves(inputs), {("cut", 0): kept["cut"]})
         assert torch.equal(again[0], result[0]), cut
         assert torch.allclose(result[0], want[0], rtol=1e-4, atol=1e-4)
-        assert not nothing and kept["cut"].untyped_storage().nbytes() == cut.nbytes
+        assert not nothing and kept["cut"].untyped_storage().nbytes() <= cut.nbytes  # less where rows are equal
 
 
 @pytest.mark.parametrize(("build", "call"), MODELS)
