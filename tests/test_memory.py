@@ -50,7 +50,7 @@ def test_real_models_hold_what_the_plan_says(case: Case) -> None:
 def test_a_trip_makes_enough_of_the_weights_it_reads(
     monkeypatch: pytest.MonkeyPatch, rows: int, is_sliced: bool
 ) -> None:
-    """Weights of 8 MiB: with 16 rows a chunk would read them again to make 128 KiB; with 16384 that takes little time."""
+    """Weights of 8 MiB: with 16 rows a chunk would read them again to make 128 KiB; with 16384 that is little time."""
     monkeypatch.delenv("FMECOMPILE_MIN_TRIP_BYTES")
     module = nn.Sequential(nn.Linear(256, 4096), nn.GELU(), nn.Linear(4096, 256)).eval().requires_grad_(False)
     plan = fmecompile.plan(module, torch.randn(rows, 256))
