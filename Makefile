@@ -13,13 +13,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: demo test lint docs help clean
+.PHONY: demo test soak lint docs help clean
 
 demo: $(STAMP) ## the real SVD and AnimateDiff UNets on this CPU: memory, time and error, in a table and a page
 	$(BIN)/fmecompile demo
 
 test: $(STAMP) ## run the tests that take no GPU and no minutes
 	$(BIN)/pytest -q -m "not slow" --numprocesses auto --dist worksteal
+
+soak: $(STAMP) ## random graphs, plan files and calls; SOAK=1000 graphs, the rest in proportion
+	SOAK=$${SOAK:-1000} $(BIN)/pytest -q -m "slow or not slow" --numprocesses auto --dist worksteal tests/soak
 
 lint: $(STAMP) ## lint, formatting, types, import directions
 	$(BIN)/ruff check

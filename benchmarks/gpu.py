@@ -9,6 +9,7 @@ weights are random, seeded, and made on the device. Without a GPU nothing is run
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import statistics
@@ -32,6 +33,8 @@ PAIRS = 7
 CASES = {"svd-14": ("svd", 14), "svd-25": ("svd", 25), "animatediff-16": ("animatediff", 16)}
 """Family and frames; all with a batch of 2 at 576x1024."""
 VARIANTS = ("lossless", "pipelined", "graphs", "inductor")
+COMPARED = {"svd": 14, "animatediff": 16}
+"""Families and frames that are compared with torch.compile: of two levels, or compiling would take all the time."""
 MODULES = ("kernels", "copies")
 """Benchmarks of their own, run where the file is there."""
 
@@ -50,6 +53,7 @@ def sections(plans: Path) -> list[Section]:
     own = (sys.executable, "-m", "benchmarks.gpu", "--plans", str(plans), "--section")
     found = [Section("tests", (*own, "tests"), 150)]
     found += [Section(f"{case} {variant}", (*own, f"{case} {variant}"), 120) for variant in VARIANTS for case in CASES]
+    found += [Section(f"{case} torch.compile", (*own, f"{case} torch.compile"), 150) for case in COMPARED]
     modules = [name for name in MODULES if importlib.util.find_spec(f"benchmarks.{name}") is not None]
     return [found[0], *(Section(name, (*own, name), 60) for name in modules), *found[1:]]
 
@@ -92,7 +96,7 @@ def section(name: str, plans: Path) -> dict[str, Any]:
     if name in MODULES:
         return _module(name)
     case, variant = name.split()
-    return _measured(case, variant, plans)
+    return _beside_torch_compile(case) if variant == "torch.compile" else _measured(case, variant, plans)
 
 
 def _tests() -> dict[str, Any]:
@@ -151,13 +155,52 @@ def _measured(case: str, variant: str, plans: Path) -> dict[str, Any]:
     }
 
 
-def _built(family: str, frames: int) -> tuple[torch.nn.Module, Any]:
+@torch.no_grad()
+def _beside_torch_compile(family: str) -> dict[str, Any]:
+    """backend="inductor" beside torch.compile, on a model of two levels at its real width."""
+    import fmecompile
+    from benchmarks.latency import ANIMATEDIFF, SVD
+
+    module, inputs = _built(family, COMPARED[family], **{"svd": SVD, "animatediff": ANIMATEDIFF}[family])
+    theirs, ours = torch.compile(copy.deepcopy(module)), fmecompile.optimize(module, strict=True, backend="inductor")
+    first = [_timed(call, inputs) for call in (theirs, ours)]
+    times = [(_seconds(theirs, inputs), _seconds(ours, inputs)) for _ in range(PAIRS)]
+    ratios = [mine / other for other, mine in times]
+    peaks = [_allocated_bytes(call, inputs) for call in (theirs, ours)]
+    return {
+        "torch.compile s": statistics.median(other for other, _ in times),
+        "ratio": statistics.median(ratios),
+        "least": min(ratios),
+        "most": max(ratios),
+        "torch.compile first call s": first[0],
+        "inductor first call s": first[1],
+        "torch.compile allocated bytes": peaks[0],
+        "inductor allocated bytes": peaks[1],
+    }
+
+
+def _timed(call: Callable[..., Any], inputs: Any) -> float:
+    start = time.perf_counter()
+    call(*inputs)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _allocated_bytes(call: Callable[..., Any], inputs: Any) -> int:
+    """By how much the allocator's peak of a call is over what is there before it."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call(*inputs)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _built(family: str, frames: int, **config: Any) -> tuple[torch.nn.Module, Any]:
     from benchmarks.cases import INPUTS, MODELS
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
     with torch.device("cuda"):
-        module = MODELS[family]().requires_grad_(False)
+        module = MODELS[family](**config).requires_grad_(False)
         inputs = INPUTS[family](2, frames, 576 // 8, 1024 // 8, torch.float16)
     return module, inputs
 

@@ -29,10 +29,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(name: str, command: str, rows: list[dict[str, Any]]) -> Path:
-    """Write ``benchmarks/results/<name>.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def save(name: str, command: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+    """Write ``benchmarks/results/<name>.json``, or into another folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"command": command, **machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return path
 

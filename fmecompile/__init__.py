@@ -3,6 +3,7 @@
 from fmecompile.api import explain, is_optimized, optimize, plan, restore, stages
 from fmecompile.bisect import bisect
 from fmecompile.calibrate import calibrate
+from fmecompile.difference import diff
 from fmecompile.errors import (
     BudgetInfeasible,
     CalibrationMismatch,
@@ -32,6 +33,7 @@ from fmecompile.reuse import (
 from fmecompile.reuse.calibration import Calibration
 from fmecompile.runtime.generation import generation
 from fmecompile.runtime.measure import Measurement, measure
+from fmecompile.runtime.snapshot import memory_snapshot
 
 __all__ = [
     "AdaCache",
@@ -60,10 +62,12 @@ __all__ = [
     "VerificationError",
     "bisect",
     "calibrate",
+    "diff",
     "explain",
     "generation",
     "is_optimized",
     "measure",
+    "memory_snapshot",
     "optimize",
     "plan",
     "restore",

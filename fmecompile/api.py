@@ -5,30 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
-from torch import fx, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fmecompile.backends.budgeted import NO_WISHES, Budget, Wishes, compile_budgeted
+from fmecompile.backends.budgeted import Budget, Wishes, compile_budgeted
 from fmecompile.backends.eager import EagerCompiler
+from fmecompile.backends.inductor import fuse_by
 from fmecompile.backends.reusing import ReusingCompiler
 from fmecompile.capture.example import Example, eager_measurement
 from fmecompile.capture.families import COMPONENTS, DECODER, SCALAR_INPUTS, is_denoiser, is_pipeline, parts
 from fmecompile.capture.shell import Shell
 from fmecompile.errors import OptionError, TargetError
-from fmecompile.explain import Explanation, PipelineExplanation
+from fmecompile.explain import Explanation, PipelineExplanation, with_eager
 from fmecompile.graph.plan import Plan
-from fmecompile.graph.printing import readable
-from fmecompile.pipeline import Compilation, Observe, finish
 from fmecompile.reuse.every_step import EveryStep
 from fmecompile.reuse.policy import Policy
 from fmecompile.runtime.dispatch import Dispatcher, find, plain_forward
 from fmecompile.runtime.exclusion import EXCLUSION
 from fmecompile.runtime.generation import Timeline
 from fmecompile.runtime.graphed import Graphs
+from fmecompile.runtime.measure import Measurement
 from fmecompile.runtime.whole_clip import WholeClip, can_decode_whole, find_whole_clip
+from fmecompile.stages import Stage, StageRecorder
 
 Target = TypeVar("Target")
 
@@ -63,6 +64,9 @@ def optimize(
     ``spill`` says whether values may wait in host memory where no other plan meets the budget: by default where the
     device has a memory of its own. ``max_chunks`` bounds the chunk trips of every group.
 
+    ``backend`` says how operators run: ``"eager"`` one by one, ``"inductor"`` with what stands between library calls
+    fused into compiled kernels, where a C++ compiler is at hand.
+
     ``cuda_graphs=True`` records each program at its second call and replays it from then on, which spares the host most
     of its work; what is returned is still the caller's own. It costs a copy of inputs and outputs, which the budget
     counts. With one warning it goes without: on another device, where recording fails, and where shapes change, or
@@ -82,15 +86,14 @@ def optimize(
     """
     found = _parts(target, "optimize")
     policy = _policy(reuse, found)
-    _refuse(backend != "eager", "backend", backend, "use backend='eager'")
+    fuse = fuse_by(backend, strict)
     if plan is not None and not isinstance(plan, Plan):
         raise OptionError(f"plan is a {type(plan).__name__}", next_step="pass fmecompile.Plan.load(path)")
     budget = None if memory_budget is None else Budget.of(memory_budget, target)
     if budget is not None:
         budget.require_weights(found)
-    compiler = EagerCompiler(
-        () if plan is None else (plan,), _progress, budget, _wishes(spill, max_chunks, cuda_graphs)
-    )
+    wishes = _wishes(spill, max_chunks, cuda_graphs)
+    compiler = EagerCompiler(() if plan is None else (plan,), _progress, budget, wishes, fuse=fuse)
     graphed = {path: replace(compiler, graphs=Graphs()) if cuda_graphs else compiler for path in found}
     compilers = {path: _reusing(path, graphed[path], policy, target) for path in found}
     _install(target, [_dispatcher(module, compilers[path], strict) for path, module in found.items()])
@@ -197,29 +200,13 @@ def plan(target: nn.Module, *args: Any, memory_budget: object = None, spill: boo
     budget = None if memory_budget is None else Budget.of(memory_budget)
     example = Example.of(args, kwargs)
     shell = Shell(module, plain_forward(module))
-    made = _compile(shell, example, budget=budget, wishes=_wishes(spill))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake_args, fake_kwargs = example.materialise(mode)
+    with EXCLUSION.capture(), mode:
+        made = compile_budgeted(shell, fake_args, fake_kwargs, budget, wishes=_wishes(spill))[1]
     with EXCLUSION.capture():
         eager = eager_measurement(shell, example)
-    return replace(made, eager_peak_bytes=eager.peak_bytes, eager_timeline=thinned(eager.timeline))
-
-
-def _compile(
-    shell: Shell,
-    example: Example,
-    observe: Observe | None = None,
-    budget: Budget | None = None,
-    wishes: Wishes = NO_WISHES,
-) -> Plan:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    args, kwargs = example.materialise(mode)
-    with EXCLUSION.capture(), mode:
-        return compile_budgeted(shell, args, kwargs, budget, wishes=wishes, observe=observe)[1]
-
-
-def thinned(timeline: tuple[int, ...], points: int = 2000) -> tuple[int, ...]:
-    """A timeline of at most ``points`` samples that keeps every local peak's height: the maximum of each stretch."""
-    step = -(-len(timeline) // points) if timeline else 1
-    return tuple(max(timeline[i : i + step]) for i in range(0, len(timeline), step))
+    return with_eager(made, eager)
 
 
 def explain(target: object) -> Explanation | PipelineExplanation:
@@ -237,7 +224,13 @@ def explain(target: object) -> Explanation | PipelineExplanation:
 
 def _explanation(dispatcher: Dispatcher) -> Explanation:
     refused = tuple(str(error) for error in dispatcher.refused.values())
-    return Explanation(type(dispatcher.module).__name__, tuple(dispatcher.records.values()), refused)
+    shell = Shell(dispatcher.module, dispatcher.eager)
+
+    def eager(example: Example) -> Measurement:
+        with EXCLUSION.capture():
+            return eager_measurement(shell, example)
+
+    return Explanation(type(dispatcher.module).__name__, tuple(dispatcher.records.values()), refused, eager)
 
 
 def _decoding(target: object) -> str:
@@ -250,20 +243,9 @@ def _decoding(target: object) -> str:
     return f"the whole clip in one call of the decoder{unused}"
 
 
-class Stage(NamedTuple):
-    """A graph after one pass: the pass's name, readable code, the projected peak, and the module that runs it.
-
-    Unpacks as ``name, code, projected_peak_bytes, program``.
-    """
-
-    name: str
-    code: str
-    projected_peak_bytes: int
-    program: fx.GraphModule
-
-
 def stages(target: nn.Module) -> list[Stage]:
-    """Every stage of the signature that was called last of an optimized module, compiled again on fake tensors.
+    """Every stage of the signature that was called last of an optimized module, compiled again on fake tensors, with
+    the options and the plan that it has. Under a policy of reuse, of a step that computes everything.
 
     Raises TargetError when ``target`` is not optimized or was never called.
     """
@@ -273,16 +255,14 @@ def stages(target: nn.Module) -> list[Stage]:
         raise _not_optimized(target)
     if not dispatcher.records:
         raise TargetError(f"this {type(target).__name__} was not called yet", next_step="call it once, then ask again")
-    found: list[Stage] = []
-
-    def observe(name: str, compilation: Compilation) -> None:
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(compilation.program.graph, {}))
-        stage = fx.GraphModule(finish(compilation).graph_module, graph, class_name=name.replace("-", "_"))
-        found.append(Stage(name, readable(stage), compilation.project().peak_bytes, stage))
-
-    _compile(Shell(module, dispatcher.eager), next(reversed(dispatcher.records.values())).example, observe)
-    return found
+    compiler, record = dispatcher.compiler, next(reversed(dispatcher.records.values()))
+    assert isinstance(compiler, (EagerCompiler, ReusingCompiler))
+    recorder = StageRecorder(type(module).__name__)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    args, kwargs = record.example.materialise(mode)
+    with EXCLUSION.capture(), mode:
+        compiler.watched(recorder, record)(module, dispatcher.eager, args, kwargs)
+    return recorder.stages
 
 
 @contextmanager
@@ -334,8 +314,3 @@ def _not_optimized(target: object) -> TargetError:
     return TargetError(
         f"this {type(target).__name__} is not optimized", next_step="call fmecompile.optimize(module) first"
     )
-
-
-def _refuse(condition: bool, option: str, value: object, next_step: str) -> None:
-    if condition:
-        raise OptionError(f"{option}={value!r} is not supported", next_step=next_step)

@@ -13,12 +13,13 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from fmecompile.capture.shell import Shell
+from fmecompile.backends.eager import EagerCompiler, silent
+from fmecompile.backends.reusing import ReusingCompiler
 from fmecompile.errors import OptionError, TargetError
 from fmecompile.graph.group import Group
 from fmecompile.graph.invariants import module_path
-from fmecompile.pipeline import Compilation, compile_module, finish
-from fmecompile.runtime.dispatch import find, plain_forward
+from fmecompile.pipeline import Compilation, finish
+from fmecompile.runtime.dispatch import Dispatcher, find, plain_forward
 from fmecompile.runtime.executable import Compiled, Executable
 from fmecompile.runtime.measure import StorageMeter
 from fmecompile.runtime.signature import flatten_call
@@ -80,9 +81,9 @@ class Verdict:
 def bisect(target: nn.Module, *args: Any, tolerance: float | None = None, **kwargs: Any) -> Verdict:
     """Compile one call of ``target`` and run every stage on the real inputs, beside eager.
 
-    ``target`` may be optimized or not, and stays as it is; the plan of an optimized one is used where it is of the same
-    call. ``tolerance`` is relative to the largest value of the output; by default 1e-9 in float64, 1e-3 in float32,
-    2e-2 in smaller dtypes. Takes one eager call, and two of each stage.
+    ``target`` may be optimized or not, and stays as it is; an optimized one is compiled with its options, and by its
+    plan where that is of the same call. ``tolerance`` is relative to the largest value of the output; by default 1e-9
+    in float64, 1e-3 in float32, 2e-2 in smaller dtypes. Takes one eager call, and two of each stage.
 
     Raises:
         TargetError: ``target`` is no ``nn.Module``.
@@ -95,33 +96,46 @@ def bisect(target: nn.Module, *args: Any, tolerance: float | None = None, **kwar
         raise OptionError(f"tolerance={tolerance!r} is no positive number", next_step="leave it out")
     dispatcher = find(target)
     forward = plain_forward(target) if dispatcher is None else dispatcher.eager
-    saved = () if dispatcher is None else tuple(record.plan for record in dispatcher.records.values())
     with torch.no_grad():
         wanted = _tensors(forward(*args, **kwargs))
         allowed = tolerance or max((TOLERANCE.get(t.dtype, 2e-2) for t in wanted), default=1e-3)
         checker = _Checker(target, flatten_call(args, kwargs).leaves, wanted, allowed)
-        compile_module(Shell(target, forward), args, kwargs, saved=saved, observe=checker)
+        _compiler(dispatcher, checker)(target, forward, args, kwargs)
     return Verdict(tuple(checker.found), allowed)
 
 
+def _compiler(dispatcher: Dispatcher | None, checker: _Checker) -> EagerCompiler:
+    """With the options and plans that the module is optimized with, if it is; reuse between steps is left out."""
+    compiler = None if dispatcher is None else dispatcher.compiler
+    if isinstance(compiler, ReusingCompiler):
+        compiler = compiler.eager
+    if dispatcher is None or not isinstance(compiler, EagerCompiler):
+        return EagerCompiler(watcher=checker)
+    plans = tuple(record.plan for record in dispatcher.records.values())
+    return replace(compiler, saved=plans, progress=silent, graphs=None, watcher=checker)
+
+
 class _Checker:
-    """The observer between stages: runs each on the real inputs, and keeps the one before it to compare with."""
+    """The observer between stages: runs each on the real inputs, and keeps the one before it to compare with. Where a
+    compilation goes back and tries again, what came after that is forgotten."""
 
     def __init__(self, module: nn.Module, leaves: list[Any], wanted: list[torch.Tensor], tolerance: float) -> None:
         self._module, self._leaves, self._wanted, self._tolerance = module, leaves, wanted, tolerance
-        self._before: Compiled | None = None
+        self._before: list[Compiled] = []
         self.found: list[StageCheck] = []
 
     def __call__(self, name: str, compilation: Compilation) -> None:
+        place = len(compilation.notes) - 1
+        del self.found[place:], self._before[place:]
         projection = compilation.project()
         compiled = _snapshot(compilation)
         limits = {moment.node.name: moment.total_bytes for moment in projection.moments}
         meter = _Meter(limits, [*self._module.parameters(), *self._module.buffers(), *self._leaves])
         error = _error(self._run(compiled, meter), self._wanted)
         culprit = ""
-        if error > self._tolerance and self._before is not None:
-            culprit = self._first_difference(self._before, compiled, compilation.groups)
-        self._before = compiled
+        if error > self._tolerance and self._before:
+            culprit = self._first_difference(self._before[-1], compiled, compilation.groups)
+        self._before.append(compiled)
         self.found.append(StageCheck(name, error, meter.peak_bytes, projection.peak_bytes, culprit, meter.over))
 
     def _run(self, compiled: Compiled, watch: _Meter | _Recorder) -> list[torch.Tensor]:

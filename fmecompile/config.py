@@ -1,8 +1,9 @@
-"""The one module that reads the environment."""
+"""The one module that reads the environment; and how files are written where others may read them meanwhile."""
 
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 from fmecompile.errors import OptionError
@@ -12,13 +13,21 @@ def min_trip_bytes() -> int | None:
     """The least working set of one chunk trip, in bytes, where ``FMECOMPILE_MIN_TRIP_BYTES`` says it: loops are then
     chosen whatever time they take. None: time decides.
     """
-    text = os.environ.get("FMECOMPILE_MIN_TRIP_BYTES")
-    if text is None:
-        return None
+    return _bytes_of("FMECOMPILE_MIN_TRIP_BYTES") if "FMECOMPILE_MIN_TRIP_BYTES" in os.environ else None
+
+
+def min_fused_bytes() -> int:
+    """The least that a kernel has to spare of what one call writes, in bytes: less is not worth compiling it.
+
+    4 MiB by default; ``FMECOMPILE_MIN_FUSED_BYTES`` overrides it.
+    """
+    return _bytes_of("FMECOMPILE_MIN_FUSED_BYTES", 4 << 20)
+
+
+def _bytes_of(name: str, default: int = 0) -> int:
+    text = os.environ.get(name, str(default))
     if not text.isdecimal():
-        raise OptionError(
-            f"FMECOMPILE_MIN_TRIP_BYTES={text!r} is not a number of bytes", next_step="unset it, or give a whole number"
-        )
+        raise OptionError(f"{name}={text!r} is not a number of bytes", next_step="unset it, or give a whole number")
     return int(text)
 
 
@@ -48,3 +57,13 @@ def cache_folder() -> Path:
     if own:
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmecompile"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All or nothing, whoever else reads or writes: written beside ``path``, and moved there."""
+    own = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        own.write_text(text, encoding="utf-8")
+        own.replace(path)
+    finally:
+        own.unlink(missing_ok=True)

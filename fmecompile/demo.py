@@ -295,8 +295,24 @@ def fastest_threads() -> int:
     return before if ratio < 1.3 else 1
 
 
-def run_demo(quick: bool, html: Path | None, record: Path | None, say: Say) -> tuple[list[DemoRow], list[str]]:
-    """Measure every subject, write the page and the JSON that were asked for; the rows, and promises that broke."""
+@dataclass(frozen=True)
+class Demo:
+    """What a demo found, and on what ``machine``."""
+
+    rows: list[DemoRow]
+    machine: dict[str, Any]
+
+    @property
+    def broken(self) -> list[str]:
+        """Promises that broke, in words."""
+        return [text for row in self.rows for text in row.broken_promises()]
+
+    def to_json(self) -> str:
+        return json.dumps({"machine": self.machine, "rows": [asdict(row) for row in self.rows]}, indent=1)
+
+
+def run_demo(quick: bool, html: Path | None, say: Say) -> Demo:
+    """Measure every subject, and write the page."""
     start, before = time.perf_counter(), torch.get_num_threads()
     try:
         torch.set_num_threads(fastest_threads())
@@ -307,10 +323,7 @@ def run_demo(quick: bool, html: Path | None, record: Path | None, say: Say) -> t
     rows = [row for row, _ in found]
     if html is not None:
         write_demo("The same output in a fraction of the activation memory", in_words(where), exhibits(found), html)
-    if record is not None:
-        contents = {"machine": where, "rows": [asdict(row) for row in rows]}
-        record.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-    return rows, [text for row in rows for text in row.broken_promises()]
+    return Demo(rows, where)
 
 
 def machine() -> dict[str, Any]:

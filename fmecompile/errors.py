@@ -63,6 +63,10 @@ class BudgetInfeasible(FmeError, MemoryError):
         return partial(type(self), self.floor_bytes, self.allowed_bytes, **said)
 
 
+class BackendError(FmeError, RuntimeError):
+    """A backend could not compile something, and running it eagerly was not allowed."""
+
+
 class GradientError(FmeError, RuntimeError):
     """An optimized module was called in a way that needs gradients; fmecompile is for inference."""
 

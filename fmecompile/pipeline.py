@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,16 +27,18 @@ from fmecompile.analysis.verify import measured_peak_bytes
 from fmecompile.budget import Allowance
 from fmecompile.capture.example import Example
 from fmecompile.capture.export import capture
+from fmecompile.config import min_fused_bytes
 from fmecompile.errors import BudgetInfeasible
 from fmecompile.graph import edit
 from fmecompile.graph.group import Group
 from fmecompile.graph.invariants import check
-from fmecompile.graph.plan import Plan, PlanKey
-from fmecompile.graph.printing import readable
+from fmecompile.graph.outline import EMPTY, Outline
+from fmecompile.graph.plan import SMALLER, Owner, Plan, PlanKey
+from fmecompile.graph.printing import Annotated, readable
 from fmecompile.graph.program import Coefficient, Constant, Input, Kept, Literal, Program, Weight, compute_nodes
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.graph.structure import structure
-from fmecompile.partition.decide import describe, replay
+from fmecompile.partition.decide import describe, durations, replay
 from fmecompile.partition.tradeoffs import Limits, Prepared, prepare, replayed
 from fmecompile.passes.accept_strides import AcceptStrides
 from fmecompile.passes.chunk_loops import ChunkLoops
@@ -43,12 +46,15 @@ from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
 from fmecompile.passes.fold_constants import FoldConstants
 from fmecompile.passes.fuse_norm import FuseNorm
+from fmecompile.passes.fuse_runs import Fuse, FuseRuns
 from fmecompile.passes.kernels import Kernels
 from fmecompile.passes.late_expand import LateExpand
 from fmecompile.passes.one_key import OneKey
+from fmecompile.passes.own_outputs import OwnOutputs, Returned, returned
 from fmecompile.passes.pipeline_chunks import STREAM_BYTES, PipelineChunks
 from fmecompile.passes.reader_layout import ReaderLayout
 from fmecompile.passes.relax_views import RelaxViews
+from fmecompile.passes.relax_writes import RelaxWrites
 from fmecompile.passes.sink_producers import SinkProducers
 from fmecompile.passes.spatial_layout import SpatialLayout
 from fmecompile.passes.two_pass_norm import TwoPassNorm
@@ -58,6 +64,7 @@ from fmecompile.runtime.executable import Compiled, Slot
 PASSES = (
     DropNoops(),
     RelaxViews(),
+    RelaxWrites(),
     OneKey(),
     LateExpand(),
     FoldConstants(),
@@ -66,8 +73,9 @@ PASSES = (
     SinkProducers(),
     AcceptStrides(),
     TwoPassNorm(),
-    # then: step-reuse (where it is asked for), KERNEL_PASSES, partition (the search), pipeline-chunks, reader-layout
-    # and write-through (the bodies of its loops), chunk-loops (the rewrite by its plan), fuse-norm
+    # then: step-reuse (where it is asked for), own-outputs (told what was captured), KERNEL_PASSES, partition (the
+    # search), pipeline-chunks, reader-layout and write-through (the bodies of its loops), chunk-loops (the rewrite by
+    # its plan), fuse-norm, fuse-runs (a backend's kernels)
 )
 
 KERNEL_PASSES = {
@@ -86,7 +94,8 @@ MAX_REPAIRS = 3
 @dataclass
 class Compilation:
     """One program on its way through the stages. ``notes`` holds what each stage said it did, ``weight_bytes`` what the
-    module reads of its weights, which are there though a rewrite may not read all of them."""
+    module reads of its weights, which are there though a rewrite may not read all of them, ``before`` the captured
+    graph, ``captured`` where its outputs lay. ``fuse`` makes kernels of runs of operators, where a backend has any."""
 
     program: Program
     facts: FactTable = field(default_factory=FactTable)
@@ -94,6 +103,9 @@ class Compilation:
     loops: dict[str, nn.Module] = field(default_factory=dict)
     notes: list[tuple[str, str]] = field(default_factory=list)
     weight_bytes: int | None = None
+    fuse: Fuse | None = None
+    before: Outline = EMPTY
+    captured: tuple[Returned | None, ...] = ()
 
     def project(self) -> Projection:
         return project(self.program, self.groups, self.facts)
@@ -133,6 +145,7 @@ def compile_module(
     saved: Sequence[Plan] = (),
     limits: Limits = NO_LIMITS,
     observe: Observe | None = None,
+    fuse: Fuse | None = None,
 ) -> tuple[Compiled, Plan]:
     """Capture, normalise, partition and rewrite one call of ``module``. A matching plan in ``saved`` spares the search.
 
@@ -140,7 +153,7 @@ def compile_module(
         CaptureError: the module cannot be captured; whatever cannot be sliced afterwards is only a barrier.
         BudgetInfeasible: every plan holds more than ``limits`` allow.
     """
-    compilation = Compilation(capture(module, args, kwargs))
+    compilation = Compilation(capture(module, args, kwargs), fuse=fuse)
     normalise(compilation, observe)
     return lower_within(compilation, saved, limits, observe)
 
@@ -150,7 +163,9 @@ def normalise(compilation: Compilation, observe: Observe | None = None) -> None:
     program, facts = compilation.program, compilation.facts
     edit.annotate(compute_nodes(program.graph), facts)
     compilation.weight_bytes = _bound_bytes(program, Weight)
+    compilation.before = Outline.of(program.graph, {})
     compilation.done("capture", f"{len(compute_nodes(program.graph))} operators", observe)
+    compilation.captured = returned(program, facts)
     _run(PASSES, compilation, observe)
 
 
@@ -188,7 +203,10 @@ def lower_within(
         if plan.projected_peak_bytes <= allowed:
             return compiled, replace(plan, allowed_bytes=allowed)
         least = plan.projected_peak_bytes
-        limit -= 2 * (least - allowed)  # the check on fake tensors found more: ask for less
+        if any(other.key == plan.key for other in saved):
+            saved = ()  # one that holds more than it says: search
+        else:
+            limit -= 2 * (least - allowed)  # the check on fake tensors found more: ask for less
     assert allowed is not None
     raise BudgetInfeasible(least, allowed)
 
@@ -229,7 +247,7 @@ def lower(
     observe: Observe | None = None,
 ) -> tuple[Compiled, Plan]:
     """Partition a normalised program and rewrite it; it is changed."""
-    _run(KERNEL_PASSES[config.kernels()], compilation, observe)
+    _run((OwnOutputs(compilation.captured), *KERNEL_PASSES[config.kernels()]), compilation, observe)
     program, facts = compilation.program, compilation.facts
     limit_bytes = limits.activation_bytes
     key = _key(program)
@@ -256,7 +274,7 @@ def lower(
     compilation.done("chunk-loops", f"{len(compilation.loops)} loops, {laid_out}, {written}", observe)
     compilation.done("fuse-norm", FuseNorm(answer.joined).apply(program, facts), observe)
     check(program)
-    projection = compilation.project()
+    projection, after = compilation.project(), Outline.of(program.graph, compilation.groups)
     projected = max(projection.peak_bytes, measured_peak_bytes(program, compilation.loops))
     plan = Plan(
         key=key,
@@ -267,7 +285,7 @@ def lower(
         eager_peak_bytes=0,
         weight_bytes=_bound_bytes(program, Weight) if compilation.weight_bytes is None else compilation.weight_bytes,
         input_bytes=_bound_bytes(program, Input),
-        owners=projection.owners[:16],
+        owners=_listed(projection.owners),
         timeline=tuple(m.total_bytes for m in projection.moments),
         eager_timeline=(),
         barriers=partitioner.barriers(),
@@ -276,12 +294,26 @@ def lower(
         joined=answer.joined,
         whole_s=partitioner.region.whole_s,
         transfer=transfer(program, answer.groups, computed),
+        durations_s=durations(partitioner, planned, after),
+        before=compilation.before,
+        after=after,
     )
+    if compilation.fuse is not None:
+        fuse_runs = FuseRuns(compilation.fuse, projected, min_fused_bytes())
+        note = fuse_runs.apply(program, compilation.groups, compilation.loops, projection, facts)
+        compilation.done("fuse-runs", note, observe)
     compiled = finish(compilation)
     _LOGGER.info("%s", plan.summary())
     _trace("fmecompile_plan", "json", plan.to_json)
     _trace("fmecompile_graph", "string", lambda: readable(compiled.graph_module))
     return compiled, plan
+
+
+def _listed(owners: Sequence[Owner], most: int = 24) -> tuple[Owner, ...]:
+    """The largest one by one, the others together."""
+    rest = sum(owner.nbytes for owner in owners[most:])
+    others = (Owner(f"{len(owners) - most} smaller values", rest, SMALLER),) if rest else ()
+    return (*owners[:most], *others)
 
 
 def _trace(name: str, encoding: str, text: Callable[[], str]) -> None:
@@ -307,7 +339,7 @@ def finish(compilation: Compilation) -> Compiled:
     root = nn.Module()
     for name, loop in compilation.loops.items():
         root.add_module(name, loop)
-    graph_module = fx.GraphModule(root, program.graph, class_name="Rewritten")
+    graph_module = Annotated(root, program.graph, class_name="Rewritten")
     slots = tuple(_slot(binding, program) for binding in program.bindings)
     return Compiled(
         graph_module, slots, program.constants, tuple(program.literals.values()), program.out_spec, program.keeps
@@ -342,11 +374,17 @@ def _bound_bytes(program: Program, kind: type) -> int:
 
 
 def _key(program: Program) -> PlanKey:
-    digest = hashlib.sha256(repr(structure(program.graph)).encode()).hexdigest()
+    rows = [tuple(map(_named, row)) for row in structure(program.graph)]
+    digest = hashlib.sha256(repr(rows).encode()).hexdigest()
     bound = zip(program.placeholders, program.bindings, strict=True)
     inputs = [node_spec(node) for node, binding in bound if isinstance(binding, Input)]
     signature = "; ".join(f"{spec.shape} {spec.dtype}" for spec in inputs)
     return PlanKey(digest, signature, torch.__version__, package_version())
+
+
+def _named(value: Any) -> Any:
+    """Functions by name: where they lie in memory differs from process to process."""
+    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, FunctionType) else value
 
 
 def package_version() -> str:

@@ -19,10 +19,12 @@ from torch import fx
 
 from fmecompile.graph import edit
 from fmecompile.graph.group import Group
+from fmecompile.graph.invariants import common_module
 from fmecompile.graph.program import Program
 from fmecompile.graph.specs import node_spec
 from fmecompile.graph.structure import structure
 from fmecompile.runtime.chunk_loop import ChunkLoop
+from fmecompile.runtime.watch import Label
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,14 @@ class ChunkLoops:
         loops: dict[str, ChunkLoop] = {}
         for k, group in enumerate(self.groups):
             name = f"chunk_loop_{k}"
-            loops[name] = ChunkLoop(group.spec, [intern(bodies, body) for body in group.bodies])
+            label = Label(name, common_module(group.inside), group.working_bytes)
+            loops[name] = ChunkLoop(group.spec, [intern(bodies, body) for body in group.bodies], label)
             _replace(program, group, name, moved)
         return loops
 
 
 def _replace(program: Program, group: Group, name: str, moved: dict[fx.Node, fx.Node]) -> None:
-    stop = group.inside[-1].next
+    stop = max((*group.inside[-1:], *group.hoisted[-1:])).next  # what is hoisted may read what an output is laid over
     operands = tuple(moved.get(node, node) for node in group.operands)
     loop = edit.insert_loop(stop, name, operands, like=group.inside[0])
     edit.set_spec(loop, tuple(node_spec(node) for node in group.results))

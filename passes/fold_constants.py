@@ -25,15 +25,16 @@ class FoldConstants:
 
     def apply(self, program: Program, facts: FactTable) -> str:
         bound = zip(program.placeholders, program.bindings, strict=True)
-        sources = {node: node for node, binding in bound if isinstance(binding, Literal)}
-        constant: dict[fx.Node, fx.Node] = dict(sources)
+        sources = {node: binding.name for node, binding in bound if isinstance(binding, Literal)}
+        constant: dict[fx.Node, fx.Node] = {node: node for node in sources}
         for node in compute_nodes(program.graph):
             if all(n in constant for n in node.all_input_nodes) and self._is_small(node):
                 constant[node] = node
         results = [n for n in constant if any(user not in constant for user in n.users)]
         if not results:
             return "nothing to fold"
-        program.constants = _constants_graph(list(constant), results)
+        calls = [node for node in constant if node not in sources]
+        program.constants = _constants_graph(program, sources, calls, results)
         names = [node.name for node in results]
         for index, (node, name) in enumerate(zip(results, names, strict=True)):
             held = edit.add_placeholder(program, f"const_{name}", Constant(index), node_spec(node))
@@ -50,11 +51,14 @@ class FoldConstants:
         return not random and spec.numel * spec.dtype.itemsize <= self.limit_bytes
 
 
-def _constants_graph(nodes: list[fx.Node], results: list[fx.Node]) -> fx.GraphModule:
-    """Literals in, constants out."""
+def _constants_graph(
+    program: Program, sources: dict[fx.Node, str], calls: list[fx.Node], results: list[fx.Node]
+) -> fx.GraphModule:
+    """All literals of the program in, in their order, whether they are read or not; constants out."""
     graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
+    places = {name: graph.placeholder(f"c_{name}".replace(".", "_")) for name in program.literals}
+    env = {node: places[name] for node, name in sources.items()}
+    for node in calls:
         edit.copy_into(graph, node, env)
     graph.output(tuple(env[node] for node in results))
     return fx.GraphModule(torch.nn.Module(), graph)

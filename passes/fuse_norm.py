@@ -15,7 +15,7 @@ them runs in another loop.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,21 +49,26 @@ def norm_call(apply: fx.Node) -> tuple[Any, ...] | None:
     return (x, moments.args[1], weight, bias, eps)
 
 
+def fused(apply: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+    """The call that ``apply`` and the parts before it are joined to; None where they do not belong together."""
+    call = norm_call(apply)
+    if call is None:
+        return None
+    order = _order(apply, call[0])
+    return (aten.group_norm.default, call) if order is None else (group_norm_laid_out, (*call, order))
+
+
 def fuse_norms(graph: fx.Graph, facts: FactTable, names: Collection[str] | None = None) -> int:
     """Join every three in ``graph``, or those whose last part is in ``names``; the number joined."""
     joined = 0
     for node in compute_nodes(graph):
-        call = norm_call(node)
+        call = fused(node)
         if call is None or (names is not None and node.name not in names):
             continue
         statistics = node.args[1]
         moments = statistics.args[0]  # type: ignore[union-attr]
-        order = _order(node, call[0])
-        if order is None:
-            edit.retarget(node, aten.group_norm.default, call, {})
-        else:
-            edit.retarget(node, group_norm_laid_out, (*call, order), {})
-        edit.annotate([node] if order is None else compute_nodes(graph), facts)
+        edit.retarget(node, *call, {})
+        edit.annotate([node] if node.target is aten.group_norm.default else compute_nodes(graph), facts)
         for part in (statistics, moments):
             if not part.users:  # type: ignore[union-attr]
                 edit.erase([part])  # type: ignore[list-item]

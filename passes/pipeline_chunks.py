@@ -48,7 +48,7 @@ class PipelineChunks:
 def slotted(partitioner: Partitioner, group: Group, slots: int) -> Group:
     """The group in so many slots, or in one where its trips must run in order."""
     roots = [partitioner.storages.roots.get(node, node) for node in group.operands]
-    return group.with_slots(1 if must_run_in_order(group.spec, roots) else max(slots, 1))
+    return group.with_slots(1 if must_run_in_order(group.spec, roots) else max(min(slots, group.spec.trips), 1))
 
 
 def gain_s(chosen: Chosen, rates: Rates, slots: int) -> float:

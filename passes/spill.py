@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fmecompile.analysis.facts import FactTable
-from fmecompile.analysis.storages import Storages, storages
+from fmecompile.analysis.storages import Storages, part_of, storages
 from fmecompile.graph import edit
 from fmecompile.graph.program import Program, compute_nodes
 from fmecompile.graph.specs import TensorSpec, node_spec, tensor_spec
@@ -63,6 +63,15 @@ def _again(value: fx.Node, reader: fx.Node, copies: dict[fx.Node, fx.Node], fact
         copies[value] = edit.clone_before(value, reader, copies)
         edit.annotate([copies[value]], facts)
     return copies[value]
+
+
+def in_parts(held: Storages) -> set[fx.Node]:
+    """Owners that cannot wait: of which a call with several results takes a view, or that are such a call."""
+    return {
+        owner
+        for value, owner in held.roots.items()
+        if part_of(value) is not None or not isinstance(node_spec(value), TensorSpec)
+    }
 
 
 def late_readers(owner: fx.Node, at: int, held: Storages) -> list[tuple[fx.Node, list[fx.Node]]]:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from fmecompile import cli
 from fmecompile import demo as demo_module
+from fmecompile.commands.console import progress
 from fmecompile.demo import FULL, QUICK, DemoRow, animatediff_inputs, fastest_threads, float64_output, svd_inputs
 from fmecompile.report import Curve, bytes_text
 
@@ -205,7 +206,7 @@ def test_a_terminal_gets_a_live_line_where_the_compiler_shows_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with cli._progress() as say:
+    with progress() as say:
         say("building")
         say("compiling", live=False)
     shown = capsys.readouterr().err

@@ -238,7 +238,7 @@ def test_the_largest_clip_fits_and_the_next_does_not(vae: Path) -> None:
         assert found.size is not None and found.is_tried and not found.is_end and found.bottleneck == "VAE decode"
         sizes = line(model, found.axis)
         following = sizes[sizes.index(found.size) + 1]
-        assert least_total(model, following) > 0.85 * budget_bytes
+        assert least_total(model, following) > 0.98 * budget_bytes
         assert found.eager_size is not None and found.eager_size.volume <= found.size.volume
 
 
@@ -437,7 +437,8 @@ def test_estimates_are_near_what_exact_sweeps_plan(vae: Path) -> None:
     estimated, exact = (answer(replace(question, exact=exact)).sweep for exact in (False, True))
     assert [row.is_planned for row in estimated] == [True, False, True] and all(row.is_planned for row in exact)
     near = exact[1].planned_bytes["VAE decode"]
-    assert estimated[1].planned_bytes["VAE decode"] == pytest.approx(near, rel=0.03)
+    # chunks are whole rows, so plans of such small clips go up in steps of a twentieth
+    assert estimated[1].planned_bytes["VAE decode"] == pytest.approx(near, rel=0.06)
 
 
 # The page and the tables

@@ -17,12 +17,13 @@ from conformance import FACTS, Tape, assert_same, is_valid, module_of, region_of
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fmecompile.analysis.memory import project
 from fmecompile.capture.export import capture
 from fmecompile.graph import edit
 from fmecompile.graph.group import Group
 from fmecompile.graph.invariants import check
 from fmecompile.graph.program import Binding, Coefficient, Constant, Input, Kept, Program, Weight, compute_nodes
-from fmecompile.graph.specs import TensorSpec, node_spec
+from fmecompile.graph.specs import TensorSpec, node_spec, tensor_spec
 from fmecompile.operators.registry import tensor
 from fmecompile.partition.partition import Partitioner
 from fmecompile.passes.accept_strides import AcceptStrides
@@ -31,13 +32,16 @@ from fmecompile.passes.drop_noops import DropNoops
 from fmecompile.passes.eliminate_common import EliminateCommon
 from fmecompile.passes.fold_constants import FoldConstants
 from fmecompile.passes.fuse_norm import FuseNorm
+from fmecompile.passes.fuse_runs import FuseRuns
 from fmecompile.passes.kernels import Kernels
 from fmecompile.passes.late_expand import LateExpand
 from fmecompile.passes.one_key import OneKey
+from fmecompile.passes.own_outputs import OwnOutputs, Returned
 from fmecompile.passes.prologue import Prologue
 from fmecompile.passes.reader_layout import ReaderLayout
 from fmecompile.passes.recompute import Recompute
 from fmecompile.passes.relax_views import RelaxViews
+from fmecompile.passes.relax_writes import RelaxWrites
 from fmecompile.passes.sink_producers import SinkProducers
 from fmecompile.passes.spatial_layout import SpatialLayout
 from fmecompile.passes.spill import Spill, Wait
@@ -47,6 +51,7 @@ from fmecompile.passes.write_through import WriteThrough
 from fmecompile.pipeline import PASSES, Compilation, finish, pass_name
 from fmecompile.runtime.chunk_loop import ChunkLoop, LoopSpec, Narrow, Slicing
 from fmecompile.runtime.executable import Executable
+from fmecompile.runtime.fused import FusedRun
 
 aten = torch.ops.aten
 ROOT = Path(__file__).parent
@@ -174,6 +179,28 @@ def every_split(x: torch.Tensor) -> Any:
     return a * b, c + d, e + f + g + h, i * j, k.exp()
 
 
+def writes(x: torch.Tensor) -> torch.Tensor:
+    """A column, rows in the middle, another dtype, and all of it."""
+    y = F.silu(x)
+    y[:, 1] = 2.0
+    y[1:3].add_(y[:2])
+    y[..., -2:].copy_(y[..., :2].float())
+    return y.transpose(0, 1).mul_(0.5)
+
+
+def slices_written(y: torch.Tensor) -> torch.Tensor:
+    y[1:, ::2] += 1.0
+    return y
+
+
+def apart(outputs: int) -> tuple[Returned, ...]:
+    """So many outputs as captured, each in a storage of its own."""
+    return tuple(Returned(f"value_{k}", is_given=False, stride=()) for k in range(outputs))
+
+
+SHARING = (FoldConstants(), EliminateCommon())
+
+
 def used_late(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     context = c.repeat(4, 1)
     return torch.tanh(F.silu(x).exp()) + context
@@ -278,6 +305,11 @@ CASES: list[Golden] = [
     Golden(RelaxViews(), "views", lambda x: F.silu(x.view(2, 2, -1)).reshape(-1, 3).repeat_interleave(2, 0)),
     Golden(RelaxViews(), "splits", every_split),
     Golden(RelaxViews(), "nothing", lambda x: F.silu(x) * 2, idle=True),
+    Golden(RelaxWrites(), "parts", writes),
+    Golden(RelaxWrites(), "every_other_row", lambda x: slices_written(x.clone())),
+    Golden(RelaxWrites(), "nothing", lambda x: F.silu(x) * 2, idle=True),
+    Golden(OwnOutputs(apart(3)), "made_once", lambda x: (F.relu(x), F.relu(x), torch.arange(4.0)), first=SHARING),
+    Golden(OwnOutputs((Returned("a", False, ()),) * 2), "views", lambda x: (y := F.relu(x), y[:1]), idle=True),
     Golden(FoldConstants(), "sinusoids", sinusoids),
     Golden(FoldConstants(), "a_tensor_made_of_numbers", lambda x: x * torch.tensor([2.0, 3.0], dtype=torch.float64)[0]),
     Golden(
@@ -500,7 +532,7 @@ def run(
     program: Program,
     case: Case,
     inputs: Sequence[torch.Tensor],
-    loops: dict[str, ChunkLoop] | None = None,
+    loops: dict[str, Any] | None = None,
     kept: dict[tuple[str, int], torch.Tensor] | None = None,
     *,
     everything: bool = False,
@@ -582,6 +614,7 @@ def test_every_pass_has_golden_files() -> None:
     assert {path.relative_to(GOLDEN) for path in GOLDEN.rglob("*.txt")} == {
         *(golden.path.relative_to(GOLDEN) for golden in CASES),
         *(Path(case.folder) / f"{name}.txt" for name, case in LOOPS.items()),
+        *(Path("fuse-runs") / f"{name}.txt" for name in FUSED),
     }
 
 
@@ -700,6 +733,50 @@ def test_golden_loops(name: str, update_golden: bool) -> None:
     bodies = "".join(f"\n{loop_text(*item)}" for item in loops.items())
     text = f"before\n{before}\nafter: {len(loops)} loops\n{text_of(program.graph)}{bodies}"
     compare(GOLDEN / spec.folder / f"{name}.txt", text, update_golden)
+
+
+def gate(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """The second product reads one value, where three were written."""
+    value, gate = F.linear(x, w).chunk(2, -1)
+    return F.linear(value * F.gelu(gate), w.view(12, 9))
+
+
+def read_again(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """The sum is a result too, be it through a view; the second run reads what the first one made."""
+    total = x + F.silu(x)
+    return F.linear(F.layer_norm(total.view(2, 2, 6), (6,)), w[:6]).view(4, 6).tanh() * total
+
+
+def apart(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Two runs of one structure side by side, and a single operator."""
+    return x.exp() * 2, x.tanh() + 1, w.exp() * 2, F.linear(x, w).sin()
+
+
+FUSED = {"gate": gate, "read_again": read_again, "apart": apart}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_golden_runs(name: str, update_golden: bool) -> None:
+    case, inputs, fused = Case(FUSED[name], noise(18, 6, seed=1)), (noise(4, 6),), []
+
+    def fuse(operators: fx.GraphModule, room_bytes: int) -> FusedRun:
+        fused.append(f"\nkernel, room for {room_bytes} bytes\n{text_of(operators.graph)}")
+        specs = [tensor_spec(node) for node in operators.graph.output_node().args[0]]  # type: ignore[union-attr]
+        return FusedRun(
+            operators, lambda given: operators(*given), (), [(s.shape, s.stride, s.dtype) for s in specs], 0
+        )
+
+    program = captured(case, inputs, (DropNoops(),))
+    before, want = text_of(program.graph), run(program, case, inputs)
+    loops: dict[str, nn.Module] = {}
+    note = FuseRuns(fuse, peak_bytes=1 << 20, min_bytes=0).apply(program, {}, loops, project(program, {}, FACTS), FACTS)
+    check(program)
+    assert_same(run(program, case, inputs, loops), want)
+    compare(
+        GOLDEN / "fuse-runs" / f"{name}.txt",
+        f"before\n{before}\nafter: {note}\n{text_of(program.graph)}{''.join(fused)}",
+        update_golden,
+    )
 
 
 def test_a_norm_inside_a_body_is_joined_again() -> None:

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 import fmecompile
-from fmecompile.graph.plan import Barrier
+from fmecompile.graph.outline import EMPTY
+from fmecompile.graph.plan import Barrier, Owner
 from fmecompile.report import Curve, Exhibit, Mark, bytes_text, timeline, write_demo
+from fmecompile.report.peak import parts_of
 
 MIB = 2**20
 HOSTILE = "</code></svg><script>alert('x')</script>&\"<b>"
@@ -63,8 +65,10 @@ def test_the_page_holds_the_numbers_of_the_plan(plan: fmecompile.Plan, tmp_path:
     for group in plan.groups:
         assert f"{bytes_text(group.whole_bytes)} → {bytes_text(group.peak_bytes)}" in found
         assert group.because in found
-    for name, _ in plan.owners:
-        assert name in found
+    for owner in plan.owners:
+        assert owner.name in found
+    for part in parts_of(plan):
+        assert {part.name, bytes_text(part.nbytes), part.about, part.advice} <= set(found)
 
 
 def test_the_page_draws_both_timelines(plan: fmecompile.Plan, tmp_path: Path) -> None:
@@ -74,9 +78,22 @@ def test_the_page_draws_both_timelines(plan: fmecompile.Plan, tmp_path: Path) ->
     assert lines.count("mark") == 1
 
 
-def test_the_page_needs_no_network_and_no_script(plan: fmecompile.Plan, tmp_path: Path) -> None:
+def test_the_page_needs_no_network(plan: fmecompile.Plan, tmp_path: Path) -> None:
     page = page_of(plan, tmp_path)
-    assert not re.search(r"http|//|url\(|@import|<script|<link|<img|src=", page)
+    assert not re.search(r"http|//|url\(|@import|<link|<img|src=|fetch|XMLHttp|import\(", page)
+
+
+def test_the_page_carries_the_plan(plan: fmecompile.Plan, tmp_path: Path) -> None:
+    (held,) = (e for e in parsed(page_of(plan, tmp_path)).iter("script") if e.get("type") == "application/json")
+    assert fmecompile.Plan.from_json(str(held.text)) == plan
+
+
+def test_the_parts_of_a_peak_add_up(plan: fmecompile.Plan) -> None:
+    given = ("Weights", "Inputs")
+    for shown in (plan, plan.beside(MIB), replace(plan, projected_peak_bytes=plan.projected_peak_bytes + 512)):
+        parts = [part for part in parts_of(shown) if part.name not in given]
+        assert sum(part.nbytes for part in parts) == shown.projected_peak_bytes
+        assert all(part.nbytes > 0 and part.advice for part in parts)
 
 
 def test_the_page_is_light_and_dark_and_fits_a_narrow_screen(plan: fmecompile.Plan, tmp_path: Path) -> None:
@@ -93,12 +110,14 @@ def test_hostile_names_are_text(plan: fmecompile.Plan, tmp_path: Path) -> None:
         plan,
         key=replace(plan.key, signature=HOSTILE, graph=HOSTILE),
         groups=(group,),
-        owners=((HOSTILE, MIB),),
+        owners=(Owner(HOSTILE, MIB, "waiting", HOSTILE, HOSTILE),),
         barriers=(Barrier(HOSTILE, HOSTILE, 1, HOSTILE),),
     )
     page = page_of(bad, tmp_path)
-    assert "<script" not in page and "<b>" not in re.sub(r"<b>[\d.]+ .iB</b>", "", page)
+    assert "<script>alert" not in page and "<b>" not in re.sub(r"<b>[\d.]+ .iB</b>", "", page)
     assert texts(page).count(HOSTILE) >= 6
+    (held,) = (e for e in parsed(page).iter("script") if e.get("type") == "application/json")
+    assert fmecompile.Plan.from_json(str(held.text)) == bad
 
 
 def test_a_plan_with_nothing_in_it(plan: fmecompile.Plan, tmp_path: Path) -> None:
@@ -111,6 +130,8 @@ def test_a_plan_with_nothing_in_it(plan: fmecompile.Plan, tmp_path: Path) -> Non
         owners=(),
         barriers=(),
         projected_peak_bytes=0,
+        before=EMPTY,
+        after=EMPTY,
     )
     found = texts(page_of(bare, tmp_path))
     assert found.count("not measured") == 2

@@ -75,6 +75,8 @@ def propagate(graph: fx.Graph) -> GraphAxes:
             if node.op == "call_function":
                 barriers[node] = f"no axis rule for {node.target}"
             result = _opaque(table, spec)
+        elif not spec.shape and all(operand.spec and not operand.spec.shape for operand in operands):
+            result = Result(())  # a number made of numbers, whatever dimensions the call names
         else:
             args, kwargs = positional(node.target, args, kwargs)
             result = rule.rule(Call(table, operands, spec.shape), *args, **kwargs)

@@ -83,6 +83,13 @@ def _call(target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             f"what {target} returns depends on the values of tensors",
             next_step="the module stays eager; compute this value outside the module",
         ) from error
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise CaptureError(
+            f"{target} does not take its operands as the compiler would lay them out: {error}",
+            next_step="the module stays eager; call contiguous() on them, or report this",
+        ) from error
 
 
 def _is_tensor(value: Any) -> bool:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fmecompile.analysis.facts import FactTable
-from fmecompile.analysis.storages import tensor_operands
+from fmecompile.analysis.facts import CallFacts, FactTable
+from fmecompile.analysis.storages import owners_of_parts, part_of, tensor_operands
 from fmecompile.graph.group import Group
+from fmecompile.graph.invariants import module_path
+from fmecompile.graph.plan import OPERAND, RESULT, RUNNING, WAITING, Owner
 from fmecompile.graph.program import Program, compute_nodes
 from fmecompile.graph.specs import specs_in
 
@@ -38,8 +40,8 @@ class Projection:
     """Projected bytes of activations, node by node; weights and inputs are not in it."""
 
     moments: tuple[Moment, ...]
-    owners: tuple[tuple[str, int], ...]
-    """Storages that live at the peak and their bytes, largest first; the last entry may be the running call itself."""
+    owners: tuple[Owner, ...]
+    """What lives at the peak, largest first."""
 
     @property
     def peak_bytes(self) -> int:
@@ -66,6 +68,7 @@ class _Owners:
         self._groups, self._facts = groups, facts
         self._of: dict[fx.Node, Hashable] = {}
         self._loops: dict[fx.Node, list[Hashable]] = {}
+        self._parts: dict[fx.Node, list[Hashable]] = {}
 
     def of(self, value: object) -> Hashable:
         """The owner of a value; graph inputs own themselves."""
@@ -80,11 +83,14 @@ class _Owners:
             self._of[node] = self._loops[source][node.args[1]]  # type: ignore[index]
             return _Effect({}, frozenset([self._of[node]]), 0)
         call = self._facts(node.target, specs_in(node.args), specs_in(node.kwargs))  # type: ignore[arg-type]
-        operands = tensor_operands(node)
-        shared = next((operands[a] for a in call.alias if a is not None), None)
-        self._of[node] = node if shared is None else self.of(shared)
-        allocates: dict[Hashable, int] = {node: sum(call.nbytes)} if shared is None else {}
+        parts = self._parts[node] = self._owners_of_parts(node, call)
+        part = part_of(node)
+        self._of[node] = self._parts[part[0]][part[1]] if part else node if node in parts else parts[0]
+        allocates: dict[Hashable, int] = {node: sum(call.nbytes)} if node in parts and part is None else {}
         return _Effect(allocates, touched | {self._of[node]}, call.hidden_bytes)
+
+    def _owners_of_parts(self, node: fx.Node, call: CallFacts) -> list[Hashable]:
+        return owners_of_parts(node, call, [self.of(operand) for operand in tensor_operands(node)])
 
     def _loop(self, node: fx.Node, touched: frozenset[Hashable]) -> _Effect:
         group = self._groups[str(node.target)]
@@ -119,7 +125,7 @@ def _accumulate(nodes: list[fx.Node], effects: list[_Effect], last: dict[Hashabl
     for owner, at in last.items():
         expire.setdefault(at, []).append(owner)
     live: dict[Hashable, int] = {}
-    moments, peak, owners = [], -1, ()
+    moments, peak, at_peak, held = [], -1, -1, {}
     total = 0
     for at, (node, effect) in enumerate(zip(nodes, effects, strict=True)):
         own = sum(effect.allocates.values()) + effect.hidden_bytes
@@ -127,12 +133,31 @@ def _accumulate(nodes: list[fx.Node], effects: list[_Effect], last: dict[Hashabl
         live.update(effect.allocates)
         total += sum(effect.allocates.values())
         if moments[-1].total_bytes > peak:
-            peak = moments[-1].total_bytes
-            held = [(_label(owner), size) for owner, size in live.items() if size]
-            owners = (*held, (f"{node.name} while it runs", effect.hidden_bytes))
+            peak, at_peak, held = moments[-1].total_bytes, at, dict(live)
         for owner in expire.get(at, ()):
             total -= live.pop(owner, 0)
-    return Projection(tuple(moments), tuple(sorted(owners, key=lambda item: -item[1])))
+    return Projection(tuple(moments), _owners(nodes, effects, at_peak, held))
+
+
+def _owners(
+    nodes: list[fx.Node], effects: list[_Effect], at_peak: int, held: Mapping[Hashable, int]
+) -> tuple[Owner, ...]:
+    """What is ``held`` while the call at ``at_peak`` runs, by what it has to do with that call."""
+    if at_peak < 0:
+        return ()
+    node, effect = nodes[at_peak], effects[at_peak]
+    readers: dict[Hashable, str] = {}
+    for later, touching in zip(nodes[at_peak + 1 :], effects[at_peak + 1 :], strict=True):
+        for owner in touching.touches & held.keys():
+            readers.setdefault(owner, module_path(later))
+    found = [Owner(f"{node.name} while it runs", effect.hidden_bytes, RUNNING, module_path(node), "")]
+    for owner, nbytes in held.items():
+        if nbytes:
+            role = RESULT if owner in effect.allocates else OPERAND if owner in effect.touches else WAITING
+            maker = owner[0] if isinstance(owner, tuple) else owner
+            made_in = module_path(maker) if isinstance(maker, fx.Node) else ""
+            found.append(Owner(_label(owner), nbytes, role, made_in, readers.get(owner, "")))
+    return tuple(sorted((owner for owner in found if owner.nbytes), key=lambda owner: -owner.nbytes))
 
 
 def _label(owner: Hashable) -> str:

@@ -6,13 +6,17 @@ that reads any of its aliases; graph inputs exist before the first call and are 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import fx
 
-from fmecompile.analysis.facts import FactTable
+from fmecompile.analysis.facts import CallFacts, FactTable
 from fmecompile.graph.specs import TensorSpec, node_spec, specs_in
+
+_Owner = TypeVar("_Owner")
 
 
 @dataclass(frozen=True)
@@ -50,15 +54,19 @@ class Storages:
 def storages(nodes: Sequence[fx.Node], outputs: Sequence[object], facts: FactTable) -> Storages:
     """Storages of ``nodes`` run in order; ``outputs`` are read after the last."""
     roots: dict[fx.Node, fx.Node] = {}
+    parts: dict[fx.Node, list[fx.Node]] = {}
     nbytes, hidden = [], []
     last: dict[fx.Node, int] = {}
     for at, node in enumerate(nodes):
         call = facts(node.target, specs_in(node.args), specs_in(node.kwargs))  # type: ignore[arg-type]
-        operands = tensor_operands(node)
-        shared = [operands[a] for a in call.alias if a is not None]
-        owner = roots.get(shared[0], shared[0]) if shared else node
+        shared = [roots.get(operand, operand) for operand in tensor_operands(node)]
+        parts[node] = owners_of_parts(node, call, shared)
+        source = part_of(node)
+        owner = parts[source[0]][source[1]] if source else node if node in parts[node] else parts[node][0]
         roots[node] = owner
         last.setdefault(owner, at)
+        for held in parts[source[0]] if source else (owner,):  # what holds one part holds them all
+            last[held] = at
         nbytes.append(sum(call.nbytes))
         hidden.append(call.hidden_bytes)
         for operand in node.all_input_nodes:
@@ -68,6 +76,23 @@ def storages(nodes: Sequence[fx.Node], outputs: Sequence[object], facts: FactTab
             last[roots.get(value, value)] = len(nodes)
     position = {node: at for at, node in enumerate(nodes)}
     return Storages(tuple(nodes), roots, tuple(nbytes), tuple(hidden), last, position)
+
+
+def owners_of_parts(node: fx.Node, call: CallFacts, shared: Sequence[_Owner]) -> list[fx.Node | _Owner]:
+    """Of each part that a call returns, what owns its storage: the call itself, or one of ``shared``, the owners of its
+    tensor operands. A call may return views of several operands (``broadcast_tensors``)."""
+    parts = [call.result] if isinstance(call.result, TensorSpec) else call.result
+    aliases = iter(call.alias)
+    found = [next(aliases) if isinstance(part, TensorSpec) else None for part in parts] if parts else []
+    return [node if alias is None else shared[alias] for alias in found] or [node]
+
+
+def part_of(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """The call and the place among what it returns, of a node that takes one part of it."""
+    source = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(source, fx.Node) or isinstance(node_spec(source), TensorSpec):
+        return None
+    return source, int(str(node.args[1]))
 
 
 def tensor_operands(node: fx.Node) -> list[fx.Node]:

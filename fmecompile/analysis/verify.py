@@ -13,16 +13,16 @@ from fmecompile.graph.program import Program
 from fmecompile.graph.specs import tensor_spec
 from fmecompile.runtime.chunk_loop import ChunkLoop
 from fmecompile.runtime.measure import StorageMeter
+from fmecompile.runtime.watch import watched_by
 
 
 def measured_peak_bytes(program: Program, loops: dict[str, nn.Module]) -> int:
     """Peak of live storages of the program on fake tensors, weights and inputs not counted."""
     root = nn.Module()
     for name, loop in loops.items():
-        assert isinstance(loop, ChunkLoop)
-        root.add_module(name, _Probe(loop))
+        root.add_module(name, _Probe(loop) if isinstance(loop, ChunkLoop) else loop)
     module = fx.GraphModule(root, program.graph)
-    with FakeTensorMode() as mode, torch.no_grad():
+    with watched_by(None), FakeTensorMode() as mode, torch.no_grad():
         specs = [tensor_spec(node) for node in program.placeholders]
         operands = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device) for s in specs]
         del mode

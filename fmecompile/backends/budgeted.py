@@ -22,6 +22,7 @@ from fmecompile.errors import BudgetInfeasible, OptionError
 from fmecompile.graph.plan import Plan
 from fmecompile.partition.nests import MAX_TRIPS
 from fmecompile.partition.tradeoffs import Limits
+from fmecompile.passes.fuse_runs import Fuse
 from fmecompile.pipeline import Observe, compile_module
 from fmecompile.runtime.executable import Compiled
 
@@ -154,6 +155,7 @@ def compile_budgeted(
     wishes: Wishes = NO_WISHES,
     saved: Sequence[Plan] = (),
     observe: Observe | None = None,
+    fuse: Fuse | None = None,
 ) -> tuple[Compiled, Plan, Allowance | None]:
     """Compile one call of the module in ``shell`` within ``budget``; without one, by the default plan.
 
@@ -165,7 +167,7 @@ def compile_budgeted(
     """
 
     def make(limits: Limits) -> tuple[Compiled, Plan]:
-        return compile_module(shell, args, kwargs, saved=saved, limits=limits, observe=observe)
+        return compile_module(shell, args, kwargs, saved=saved, limits=limits, observe=observe, fuse=fuse)
 
     return within_budget(shell, (args, kwargs), budget, wishes, make)
 
@@ -198,7 +200,7 @@ def within_budget(
 def _in_users_terms(error: BudgetInfeasible, allowance: Allowance, leanest: Plan, name: str) -> BudgetInfeasible:
     """Everything that is held at the floor, by owner. ``leanest`` is the default plan, which lies near it."""
     floor = error.floor_bytes + allowance.taken_bytes
-    top = ", ".join(f"{owner} {mib(size)}" for owner, size in leanest.owners[:3])
+    top = ", ".join(f"{owner.name} {mib(owner.nbytes)}" for owner in leanest.owners[:3])
     held = ", ".join(f"{owner} {mib(size)}" for owner, size in allowance.owners)
     wish = f"allow {mib(floor)}, or make the clip smaller: fewer frames, or a smaller height and width"
     offload = "call pipe.enable_model_cpu_offload(), so that only the running model is on the device; or "

@@ -13,10 +13,11 @@ from torch._guards import CompileContext, CompileId, compile_context
 
 from fmecompile.backends.budgeted import Budget
 from fmecompile.backends.eager import EagerCompiler
+from fmecompile.backends.inductor import fuse_by
 from fmecompile.errors import OptionError, near
 from fmecompile.runtime.dispatch import Dispatcher
 
-OPTIONS = ("memory_budget",)
+OPTIONS = ("memory_budget", "backend")
 
 
 def fmecompile_backend(
@@ -25,7 +26,8 @@ def fmecompile_backend(
     """The entry point of the group ``torch_dynamo_backends``.
 
     The graph is captured and planned at its first call, once per input signature, like a module given to ``optimize``.
-    ``options`` may hold a ``memory_budget``, which bounds weights, inputs and activations of each graph.
+    ``options`` may hold a ``memory_budget``, which bounds weights, inputs and activations of each graph,
+    and a ``backend``, as for ``optimize``.
 
     Raises OptionError for an unknown option, or one with a wrong value.
     """
@@ -38,8 +40,9 @@ def fmecompile_backend(
         )
     amount = options.get("memory_budget")
     budget = None if amount is None else Budget.of(amount, graph_module)
+    fuse = fuse_by(options.get("backend", "eager"))
     graph_module.training = False  # Dynamo has already decided what training mode means for its operators
-    compiler = _InContext(EagerCompiler(budget=budget), CompileContext.current_compile_id())
+    compiler = _InContext(EagerCompiler(budget=budget, fuse=fuse), CompileContext.current_compile_id())
     return torch.compiler.disable(Dispatcher(graph_module, graph_module.forward, compiler))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from fmecompile.backends.budgeted import NO_WISHES, Budget, Wishes, compile_budg
 from fmecompile.capture.example import Example
 from fmecompile.capture.shell import Shell
 from fmecompile.graph.plan import Plan
+from fmecompile.passes.fuse_runs import Fuse
 from fmecompile.pipeline import Compilation, Observe, Record
 from fmecompile.runtime.executable import Executable
 from fmecompile.runtime.graphed import Graphs
@@ -28,13 +29,20 @@ def silent(_: str) -> AbstractContextManager[Callable[[str], None]]:
 @dataclass(frozen=True)
 class EagerCompiler:
     """The compiler callback of a dispatcher. ``saved`` plans spare the search where they match and fit ``budget``;
-    programs are replayed by ``graphs``, if they are given."""
+    ``fuse`` makes kernels of runs of operators, programs are replayed by ``graphs``, if they are given, and
+    ``watcher`` sees every stage."""
 
     saved: tuple[Plan, ...] = ()
     progress: Progress = silent
     budget: Budget | None = None
     wishes: Wishes = NO_WISHES
     graphs: Graphs | None = None
+    fuse: Fuse | None = None
+    watcher: Observe | None = None
+
+    def watched(self, watcher: Observe, record: Record) -> EagerCompiler:
+        """The same for another look at what was compiled: by its plan, shown to ``watcher`` stage by stage."""
+        return replace(self, saved=(record.plan,), progress=silent, graphs=None, watcher=watcher)
 
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -43,7 +51,7 @@ class EagerCompiler:
         with self.observed(module) as (observe, notes):
             shell = Shell(module, forward)
             compiled, plan, allowance = compile_budgeted(
-                shell, args, kwargs, self.budget, wishes=self.wishes, saved=self.saved, observe=observe
+                shell, args, kwargs, self.budget, wishes=self.wishes, saved=self.saved, observe=observe, fuse=self.fuse
             )
         record = Record(plan, example, tuple(notes), allowance, graphs=self.graphs)
         return Executable(compiled, module, self.graphs), record
@@ -57,6 +65,8 @@ class EagerCompiler:
             def observe(name: str, compilation: Compilation) -> None:
                 notes.append(compilation.notes[-1])
                 shown(name)
+                if self.watcher is not None:
+                    self.watcher(name, compilation)
 
             yield observe, notes
 

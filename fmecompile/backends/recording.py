@@ -82,7 +82,7 @@ class RecordingCompiler:
     ) -> tuple[Recorder, Record]:
         with self.eager.observed(module) as (observe, notes):
             shell = Shell(module, forward)
-            compilation = Compilation(capture(shell, args, kwargs))
+            compilation = Compilation(capture(shell, args, kwargs), fuse=self.eager.fuse)
             normalise(compilation, observe)
             timestep = place_of_timestep(forward, args, kwargs)
             places = conditioning(compilation.program, timestep)

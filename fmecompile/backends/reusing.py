@@ -30,9 +30,10 @@ from fmecompile.graph.plan import Plan
 from fmecompile.graph.program import Input, Program
 from fmecompile.graph.specs import node_spec
 from fmecompile.partition.tradeoffs import Limits
+from fmecompile.passes.fuse_runs import Fuse
 from fmecompile.passes.prologue import Prologue as SplitPrologue
 from fmecompile.passes.prologue import kept_bytes
-from fmecompile.pipeline import Compilation, Record, lower_within, normalise
+from fmecompile.pipeline import Compilation, Observe, Record, lower_within, normalise
 from fmecompile.reuse.policy import HOST, Policy
 from fmecompile.reuse.steps import FULL, UNCOND, Decision, Steps, to_bits
 from fmecompile.runtime.executable import Compiled, Executable
@@ -93,7 +94,7 @@ class ReuseRecord:
         lines += [f"  measured: {', '.join(v.module or v.value for v in self.watched)}"] if self.watched else []
         for decision, plan in self.plans.items():
             peak = f"{plan.projected_peak_bytes / 2**20:.1f} MiB projected"
-            lines.append(f"  {_kind(decision)}: {peak}; {self.notes[decision]}")
+            lines.append(f"  {kind_of(decision)}: {peak}; {self.notes[decision]}")
             lines += [f"    {self.allowances[decision]}"] if decision in self.allowances else []
         lines += [f"  latest run, 1 for a full step: {_run(run)}" for run in list(self.runs)[-1:]]
         return "\n".join(lines)
@@ -107,7 +108,8 @@ def _run(taken: Sequence[Taken]) -> str:
     return f"{to_bits(t.decision for t in taken)}, {full} of {len(taken)}{measured}"
 
 
-def _kind(decision: Decision) -> str:
+def kind_of(decision: Decision) -> str:
+    """A kind of step, in words."""
     if decision == HEAD:
         return "what decides"
     return "full step" if decision == FULL else f"step that reuses {', '.join(sorted(decision))}"
@@ -129,13 +131,13 @@ class ReusingCompiler:
         with self.eager.observed(module) as (observe, notes):
             shell = Shell(module, forward)
             timestep = place_of_timestep(forward, args, kwargs)
-            whole = _Captured.of(shell, args, kwargs, self.policy, timestep, observe)
+            whole = _Captured.of(shell, args, kwargs, self.policy, timestep, observe, self.eager.fuse)
             half = None
             if self.policy.needs_guidance:
                 self.policy.check(Steps(1), whole.batch % 2 == 0)
                 leaves, tree = tree_flatten((args, kwargs))
                 half_args, half_kwargs = tree_unflatten(halved(leaves, whole.batch), tree)
-                half = _Captured.of(shell, half_args, half_kwargs, self.policy, timestep)
+                half = _Captured.of(shell, half_args, half_kwargs, self.policy, timestep, fuse=self.eager.fuse)
             variants = _Variants(self, shell, whole, half)
             for decision in (HEAD, FULL) if whole.choice.crossing else (FULL,):
                 variants.make(decision, observe)
@@ -147,6 +149,11 @@ class ReusingCompiler:
         record = Record(plan, whole.example, tuple(notes), variants.allowance, variants.record, self.eager.graphs)
         runs = variants.record.runs
         return Reusing(self.policy, variants, self.timeline, timestep, whole.conditioning, runs), record
+
+    def watched(self, watcher: Observe, record: Record) -> ReusingCompiler:
+        """As :meth:`EagerCompiler.watched`: the last stages are of the step that computes everything."""
+        plans = record.reuse.plans.values() if isinstance(record.reuse, ReuseRecord) else (record.plan,)
+        return replace(self, eager=replace(self.eager.watched(watcher, record), saved=tuple(plans)))
 
     def situation(self) -> Hashable:
         """What a program depends on apart from the call and the module."""
@@ -173,8 +180,9 @@ class _Captured:
         policy: Policy,
         timestep: int | None,
         observe: Any = None,
+        fuse: Fuse | None = None,
     ) -> _Captured:
-        compilation = Compilation(capture(shell, args, kwargs))
+        compilation = Compilation(capture(shell, args, kwargs), fuse=fuse)
         normalise(compilation, observe)
         leaves = conditioning(compilation.program, timestep)
         if not policy.needs_guidance:  # half of an input is another tensor at every step
@@ -255,7 +263,8 @@ class _Variants:
         """Compile one of them."""
         captured = self._captured(decision)
         program, note = captured.variant(decision - {UNCOND})
-        compilation = replace(captured.compilation, program=program, notes=[])
+        notes = list(captured.compilation.notes)
+        compilation = replace(captured.compilation, program=program, notes=notes)
         if not self._compiler.policy.is_lossless:
             compilation.done("step-reuse", note, observe)
         held = captured.choice.held_bytes(program) + self.record.shared_bytes + elsewhere_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from fmecompile.capture.shell import stripped
 from fmecompile.graph.specs import TensorSpec, spec_of
-from fmecompile.runtime.measure import Measurement, measure
+from fmecompile.runtime.measure import Measurement, measured
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,6 @@ def eager_measurement(module: nn.Module, example: Example) -> Measurement:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = example.materialise(mode)
     with fake_weights(module, mode) as weights, mode:
-
-        def call(weights: dict[str, torch.Tensor], args: Any, kwargs: Any) -> Any:
-            return functional_call(module, weights, args, kwargs, tie_weights=False)
-
-        return measure(call, weights, args, kwargs)
+        known = (weights, args, kwargs)
+        run = measured(lambda: functional_call(module, weights, args, kwargs, tie_weights=False), known, module)
+    return replace(run, modules=tuple((stripped(name), at) for name, at in run.modules))

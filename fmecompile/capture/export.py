@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import traceback
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from fmecompile.graph.program import Binding, Input, Literal, Program, Weight
 from fmecompile.graph.specs import SPEC, spec_of
 
 _NEXT = "rewrite the line so that it does not depend on tensor values; without strict=True the module runs eager"
+
+_BY_STRIDES = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
 
 
 def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -41,18 +44,28 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    """``torch.export`` without gradients, its errors turned into :class:`CaptureError`."""
+    """``torch.export`` without gradients, its errors turned into :class:`CaptureError`; but not a lack of memory, which
+    says nothing about the module."""
     try:
         with torch.no_grad(), unchanged(module), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(module, args, kwargs, strict=False)
     except Exception as error:
+        lack = next((e for e in _causes(error) if isinstance(e, (torch.OutOfMemoryError, MemoryError))), None)
+        if lack is not None:
+            raise lack from None
         name = inner_name(module)
         raise CaptureError(
             f"torch.export could not capture {name}: {_first_line(error)}",
             place=source_line(error) or name,
             next_step=_NEXT,
         ) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def functional(exported: ExportedProgram) -> ExportedProgram:
@@ -73,6 +86,7 @@ def program_of(exported: ExportedProgram) -> Program:
     copies: dict[fx.Node, fx.Node] = {}
     values = graph.graph_copy(exported.graph, copies)
     _refuse_effects(signature)
+    _refuse_layouts(graph)
     graph.output(values)
     leaf = 0
     bindings: list[Binding] = []
@@ -118,6 +132,17 @@ def _refuse_effects(signature: ExportGraphSignature) -> None:
             raise CaptureError(
                 f"the module changes {spec.target or 'a value'} in place ({spec.kind.name.lower()})",
                 next_step="return the new value instead of storing it, or leave this module eager",
+            )
+
+
+def _refuse_layouts(graph: fx.Graph) -> None:
+    """Calls that read memory as it lies, whatever the value is: a compiled program may lay it out otherwise."""
+    for node in graph.nodes:
+        if node.target in _BY_STRIDES and node.all_input_nodes[0].op != "placeholder":
+            raise CaptureError(
+                f"{node.target} depends on how its operand lies in memory",
+                place=str(node.meta.get("stack_trace", "")).strip(),
+                next_step="take the part by slices or unfold, or leave this module eager",
             )
 
 

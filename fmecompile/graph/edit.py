@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Collection, Iterable, Sequence
+from math import prod
 from typing import Any
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_structure
@@ -12,6 +15,8 @@ from torch.utils._pytree import tree_structure
 from fmecompile.analysis.facts import FactTable
 from fmecompile.graph.program import Binding, Program, compute_nodes
 from fmecompile.graph.specs import SPEC, specs_in
+
+aten = torch.ops.aten
 
 _PROVENANCE = ("nn_module_stack", "stack_trace")
 
@@ -114,6 +119,11 @@ def return_also(program: Program, name: str, value: fx.Node) -> None:
     program.keeps = (*program.keeps, name)
 
 
+def return_instead(program: Program, values: list[Any]) -> None:
+    """Let the program return ``values`` in the places of its outputs."""
+    program.output.args = (tuple(values),)
+
+
 def return_nothing(program: Program) -> None:
     """Let the program return an empty tuple, and keep nothing."""
     program.output.args = ((),)
@@ -178,3 +188,73 @@ def return_values(graph: fx.Graph, values: tuple[Any, ...]) -> None:
 
 def set_spec(node: fx.Node, spec: Any) -> None:
     node.meta[SPEC] = spec
+
+
+def isolated(
+    inside: Iterable[fx.Node], operands: Iterable[fx.Node], results: Iterable[fx.Node], placed: Collection[fx.Node]
+) -> fx.Graph:
+    """A graph of its own that makes ``results`` from ``operands`` by copies of the nodes ``inside``, contiguous ones of
+    those in ``placed``."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for k, operand in enumerate(operands):
+        env[operand] = graph.placeholder(f"operand_{k}")
+        set_spec(env[operand], operand.meta[SPEC])
+    for node in inside:
+        set_spec(copy_into(graph, node, env), node.meta[SPEC])
+    graph.output(tuple(_contiguous(env[node]) if node in placed else env[node] for node in results))
+    return graph
+
+
+def _contiguous(node: fx.Node) -> fx.Node:
+    clone = node.graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+    spec = node.meta[SPEC]
+    set_spec(clone, spec._replace(stride=tuple(prod(spec.shape[d + 1 :]) for d in range(len(spec.shape)))))
+    return clone
+
+
+def outline(
+    name: str,
+    core: Sequence[fx.Node],
+    operands: Iterable[fx.Node],
+    results: Sequence[fx.Node],
+    specs: Sequence[Any],
+) -> dict[fx.Node, fx.Node]:
+    """Let a call of the submodule ``name`` behind the last of ``core`` make ``results`` instead of it; what stands for
+    each, with ``specs``. Between the nodes of ``core`` only views may read a result: those move behind the call.
+    """
+    stretch = between(core[0], core[-1])
+    anchor = core[-1].next
+    call = insert_loop(anchor, name, tuple(operands), like=core[-1])
+    set_spec(call, tuple(specs))
+    stands: dict[fx.Node, fx.Node] = {}
+    for k, result in enumerate(results):
+        value = stands[result] = insert_before(anchor, operator.getitem, (call, k), like=result)
+        set_spec(value, specs[k])
+        for user in [user for user in result.users if user not in core]:
+            read_instead(user, result, value)
+    late = set(stands.values())
+    for node in stretch:
+        if node not in core and late & set(node.all_input_nodes):
+            late.add(node)
+            move_before(node, anchor)
+    erase(node for node in stretch if node in core or _is_read_by_none_but(node, core))
+    return stands
+
+
+def _is_read_by_none_but(node: fx.Node, core: Sequence[fx.Node]) -> bool:
+    return bool(node.users) and all(user in core or _is_read_by_none_but(user, core) for user in node.users)
+
+
+def between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    """The nodes from ``first`` to ``last``, both included."""
+    found = [first]
+    while found[-1] is not last:
+        found.append(found[-1].next)
+    return found
+
+
+def keep_layout(graph: fx.Graph) -> None:
+    """Tell Inductor that the strides of every result are read."""
+    output = graph.output_node()
+    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import takewhile
+
 from torch import fx
 
 from fmecompile.errors import VerificationError
@@ -30,3 +33,10 @@ def module_path(node: fx.Node) -> str:
         return ""
     path = str(next(reversed(stack.values()))[0])
     return path.removeprefix("L['self'].")
+
+
+def common_module(nodes: Sequence[fx.Node]) -> str:
+    """The innermost module that all ``nodes`` are of; empty where that is the whole."""
+    names = [path.split(".") for node in nodes if (path := module_path(node))]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))
+    return ".".join(parts[0] for parts in shared)

@@ -6,13 +6,35 @@ Three words for bytes: *allowed* (what the search was given) >= *projected* (wha
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fmecompile.config import write_whole
 from fmecompile.errors import PlanMismatch
+from fmecompile.graph.outline import EMPTY, Outline, bands, parts
+from fmecompile.graph.plan_json import decoded, parsed
 
-FORMAT = 4
+if TYPE_CHECKING:
+    from fmecompile.runtime.measure import Measurement
+
+FORMAT = 5
+
+
+RUNNING, RESULT, OPERAND, WAITING, SMALLER = "running", "result", "operand", "waiting", "smaller"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Something that is held at the peak, with the module that made it and the next one that reads it. ``role``: what
+    the call that runs then has to do with it (``RUNNING``: it holds that for itself; its ``RESULT`` or ``OPERAND``;
+    ``WAITING`` for a later call). ``SMALLER`` stands for all that are too small to list."""
+
+    name: str
+    nbytes: int
+    role: str
+    made_in: str = ""
+    read_in: str = ""
 
 
 @dataclass(frozen=True)
@@ -25,6 +47,10 @@ class PlannedAxis:
     part: int
     size: int
     chunk: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chunk <= self.size:
+            raise ValueError(f"{self.chunk} rows of {self.size} are no chunk")
 
     @property
     def trips(self) -> int:
@@ -114,6 +140,11 @@ class Plan:
     ``spilled`` the values that wait in host memory, each with the call from which on it is read back;
     ``joined`` the GroupNorms outside loops that run whole. ``whole_s`` is how long all operators take run whole,
     projected at measured or assumed rates of the device: where they are measured, and no other program is running.
+
+    ``timeline`` has an entry a call of the compiled program, a loop being one; ``durations_s`` is how long each takes,
+    projected. ``eager_timeline`` has the maxima of equal stretches, and ``eager_bands`` tells which module each of its
+    entries is of. ``beside_bytes`` of the peak are held all along, and are in no timeline. ``before`` is the graph as
+    it was captured, ``after`` the one that runs.
     """
 
     key: PlanKey
@@ -124,7 +155,7 @@ class Plan:
     eager_peak_bytes: int
     weight_bytes: int
     input_bytes: int
-    owners: tuple[tuple[str, int], ...]
+    owners: tuple[Owner, ...]
     timeline: tuple[int, ...]
     eager_timeline: tuple[int, ...]
     barriers: tuple[Barrier, ...]
@@ -133,6 +164,11 @@ class Plan:
     joined: tuple[str, ...] = ()
     whole_s: float = 0.0
     transfer: Transfer | None = None
+    durations_s: tuple[float, ...] = ()
+    eager_bands: tuple[tuple[str, int], ...] = ()
+    beside_bytes: int = 0
+    before: Outline = EMPTY
+    after: Outline = EMPTY
 
     @property
     def trips(self) -> int:
@@ -149,33 +185,46 @@ class Plan:
         """By how much the loops are slower than their operators run whole, projected; what caches save is not in it."""
         return sum(group.extra_s for group in self.groups)
 
+    @property
+    def bands(self) -> tuple[tuple[str, int], ...]:
+        """Which module the entries of ``timeline`` are of: its path, and the place of its first."""
+        paths = self.after.paths()
+        return bands(paths, self.modules()) if len(paths) == len(self.timeline) else ()
+
+    def modules(self) -> tuple[str, ...]:
+        """The modules that divide the graph for a reader."""
+        return parts(self.before.paths())
+
     def beside(self, nbytes: int) -> Plan:
         """The same while so many bytes more are held."""
-        more = {"projected_peak_bytes", "allowed_bytes", "floor_bytes"}
+        more = {"projected_peak_bytes", "allowed_bytes", "floor_bytes", "beside_bytes"}
         return replace(self, **{name: getattr(self, name) + nbytes for name in more})
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        """A line a field; :meth:`from_json` reads it."""
+        data = {"format": FORMAT, **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
+        lines = (f"{json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}" for name, value in data.items())
+        return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Raises PlanMismatch when ``text`` is not a plan of this format."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanMismatch(f"not a plan: {error}", next_step="save it with plan.save(path)") from error
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+        data = parsed(text)
+        if data.pop("format", None) != FORMAT:
             raise PlanMismatch(f"not a plan of format {FORMAT}", next_step="make it again with fmecompile.plan")
-        if {f.name for f in fields(cls)} != set(data):
-            raise PlanMismatch("the plan lacks fields or has unknown ones", next_step="make it again")
-        return cls(**data | _typed(data))
+        return decoded(cls, data)
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_whole(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """Raises PlanMismatch for what is no plan of this format, and OSError where the file cannot be read."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise PlanMismatch(f"not a plan: {error}", next_step="make it again with fmecompile.plan") from error
+        return cls.from_json(text)
 
     def summary(self) -> str:
         """One paragraph a person can read, then a line a group."""
@@ -201,34 +250,27 @@ class Plan:
             )
         return "\n".join(lines)
 
-    def to_html(self, path: str | Path) -> None:
-        """Write a self-contained page with both memory timelines."""
-        from fmecompile.report import write_plan
+    def to_html(self, path: str | Path, measured: Measurement | None = None) -> None:
+        """Write a self-contained page: memory timelines, what the peak is made of, groups, barriers, graphs. Times of
+        loops are shown too, where ``measured`` has them: what ``fmecompile.measure`` returned for the optimized module.
+        """
+        from fmecompile.report.plan_page import Sheet, write_page
 
-        write_plan(self, Path(path))
+        sheet = Sheet(self, group_s={} if measured is None else measured.group_s)
+        write_page(Path(path), "Memory plan", "", [sheet])
+
+    def to_trace(self, path: str | Path, measured: Measurement | None = None) -> None:
+        """Write a trace for Perfetto (ui.perfetto.dev) or chrome://tracing: slices of modules, chunk loops and trips,
+        and the bytes of activations as a counter. Times are projected; ``measured``, what ``fmecompile.measure``
+        returned for the optimized module, adds measured ones.
+        """
+        from fmecompile.report.trace import write_trace
+
+        write_trace(self, Path(path), measured)
 
 
-def _typed(data: dict[str, Any]) -> dict[str, Any]:
-    groups = tuple(
-        PlannedGroup(
-            **group
-            | {
-                "axes": tuple(PlannedAxis(**axis) for axis in group["axes"]),
-                "modules": tuple(group["modules"]),
-                "operators": tuple(group["operators"]),
-            }
-        )
-        for group in data["groups"]
-    )
-    return {
-        "key": PlanKey(**data["key"]),
-        "groups": groups,
-        "owners": tuple((name, size) for name, size in data["owners"]),
-        "timeline": tuple(data["timeline"]),
-        "eager_timeline": tuple(data["eager_timeline"]),
-        "barriers": tuple(Barrier(**barrier) for barrier in data["barriers"]),
-        "recomputed": tuple(data["recomputed"]),
-        "transfer": None if data["transfer"] is None else Transfer(**data["transfer"]),
-        "joined": tuple(data["joined"]),
-        "spilled": tuple((name, at) for name, at in data["spilled"]),
-    }
+def _plain(value: Any) -> Any:
+    """What JSON takes, without copying what it takes as it is: outlines have thousands of rows."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    return [_plain(item) for item in value] if value and isinstance(value, tuple) and is_dataclass(value[0]) else value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import diffusers
 import torch
@@ -128,14 +127,14 @@ class Answer:
             return None
         return max(*others, *(s.total_bytes for s in spills), 0), max(spill.host_bytes for spill in spills)
 
-    def save(self, path: Path) -> None:
-        """Write it as JSON, with ``verdict`` spelled out where there is a budget: by residence, and of every call."""
+    def to_json(self) -> str:
+        """JSON, with ``verdict`` spelled out where there is a budget: by residence, and of every call."""
         data, budget_bytes = asdict(self), self.budget_bytes
         if budget_bytes is not None:
             data["verdict"] = {residence: self.verdict(residence) for residence in RESIDENCES}
             for call, row in zip(data["calls"], self.calls, strict=True):
                 call["verdict"] = {residence: row.verdict(residence, budget_bytes) for residence in RESIDENCES}
-        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        return json.dumps(data, indent=1)
 
 
 @dataclass(frozen=True)

@@ -63,11 +63,11 @@ class Call:
         return component if part is None else component.get_submodule(part)
 
     def inputs(self, component: nn.Module) -> Inputs:
-        """Arguments of ``part``, on fake tensors where a fake mode is on."""
+        """Arguments of ``part``: of random values, or on fake tensors where a fake mode is on."""
         tensors: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
         config: Any = component.config
         if self.kind == "encode":
-            return (torch.empty(1, config["in_channels"], self.size.height, self.size.width, **tensors),), {}
+            return (torch.randn(1, config["in_channels"], self.size.height, self.size.width, **tensors),), {}
         table = DENOISERS if self.kind == "denoise" else DECODERS
         size = Size(self.size.frames, self.size.height // self.scale, self.size.width // self.scale)
         return table[self.component.class_name](config, size, self.batch, tensors)
@@ -98,30 +98,30 @@ def build(component: Component, dtype: torch.dtype) -> nn.Module:
 def _svd(config: Mapping[str, Any], size: Size, batch: int, tensors: Any) -> Inputs:
     """Latents (B, T, C, h, w), a timestep, image embeddings (B, 1, D), added time ids (B, 3)."""
     ids = config["projection_class_embeddings_input_dim"] // config["addition_time_embed_dim"]
-    latents = torch.empty(batch, size.frames, config["in_channels"], size.height, size.width, **tensors)
+    latents = torch.randn(batch, size.frames, config["in_channels"], size.height, size.width, **tensors)
     return (
         latents,
         torch.ones((), **tensors),
-        torch.empty(batch, 1, config["cross_attention_dim"], **tensors),
-        torch.empty(batch, ids, **tensors),
+        torch.randn(batch, 1, config["cross_attention_dim"], **tensors),
+        torch.randn(batch, ids, **tensors),
     ), {}
 
 
 def _motion(config: Mapping[str, Any], size: Size, batch: int, tensors: Any) -> Inputs:
     """Latents (B, C, T, h, w), a timestep, text embeddings a frame (B T, 77, D); pooled text and time ids for SDXL."""
-    latents = torch.empty(batch, config["in_channels"], size.frames, size.height, size.width, **tensors)
-    text = torch.empty(batch * size.frames, TEXT_TOKENS, config["cross_attention_dim"], **tensors)
+    latents = torch.randn(batch, config["in_channels"], size.frames, size.height, size.width, **tensors)
+    text = torch.randn(batch * size.frames, TEXT_TOKENS, config["cross_attention_dim"], **tensors)
     if config.get("addition_embed_type") != "text_time":
         return (latents, torch.ones((), dtype=torch.int64), text), {}
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-    added = {"text_embeds": torch.empty(batch, pooled, **tensors), "time_ids": torch.empty(batch, 6, **tensors)}
+    added = {"text_embeds": torch.randn(batch, pooled, **tensors), "time_ids": torch.randn(batch, 6, **tensors)}
     return (latents, torch.ones((), dtype=torch.int64), text), {"added_cond_kwargs": added}
 
 
 def _text_to_video(config: Mapping[str, Any], size: Size, batch: int, tensors: Any) -> Inputs:
     """Latents (B, C, T, h, w), a timestep, text embeddings (B, 77, D)."""
-    latents = torch.empty(batch, config["in_channels"], size.frames, size.height, size.width, **tensors)
-    text = torch.empty(batch, TEXT_TOKENS, config["cross_attention_dim"], **tensors)
+    latents = torch.randn(batch, config["in_channels"], size.frames, size.height, size.width, **tensors)
+    text = torch.randn(batch, TEXT_TOKENS, config["cross_attention_dim"], **tensors)
     return (latents, torch.ones((), dtype=torch.int64), text), {}
 
 
@@ -133,7 +133,7 @@ def _temporal_decoder(config: Mapping[str, Any], size: Size, batch: int, tensors
 
 def _decoder(config: Mapping[str, Any], size: Size, batch: int, tensors: Any) -> Inputs:
     """Latents (T, C, h, w): frames are the batch; guidance is over by then."""
-    return (torch.empty(size.frames, config["latent_channels"], size.height, size.width, **tensors),), {}
+    return (torch.randn(size.frames, config["latent_channels"], size.height, size.width, **tensors),), {}
 
 
 Make = Callable[[Mapping[str, Any], Size, int, Any], Inputs]

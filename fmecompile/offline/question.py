@@ -49,13 +49,6 @@ def question_of(request: Request) -> Question:
     )
 
 
-def require_writable(*paths: Path | None) -> None:
-    """Raises OptionError where a file cannot be written, before minutes of planning."""
-    for path in paths:
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise OptionError(f"{str(path)!r} cannot be written", next_step="give a file in a folder that exists")
-
-
 def _model(request: Request) -> Model:
     if (request.model is None) == (request.config is None) or (request.class_name and request.config is None):
         raise OptionError(

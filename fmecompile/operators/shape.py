@@ -237,13 +237,18 @@ def repeat_interleave(call: Call, x: Operand, repeats: int, dim: int | None = No
     """Each row ``repeats`` times: ``dim`` becomes [old, repeats], repeats fresh and free."""
     if dim is None:
         return call.result([None], "repeat_interleave over a flattened tensor")
-    dim %= x.ndim
+    dim %= max(x.ndim, 1)
     call.keep(x, range(x.ndim))
     return call.result([axis + call.fresh(repeats) if d == dim else axis for d, axis in enumerate(x.axes)])
 
 
+def _is_repeated(factors: Sequence[float] | None) -> bool:
+    """Whether every row is repeated equally often; other factors are not the ratio of the sizes, where that is cut."""
+    return factors is None or all(float(factor).is_integer() for factor in factors)
+
+
 def _upsampled_size(args: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
-    return (args[0], list(shape[2:]), None)
+    return (args[0], list(shape[2:]), None) if _is_repeated(args[2]) else args
 
 
 @axis_rule(
@@ -253,16 +258,20 @@ def _upsampled_size(args: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any,
         (tensor(2, 3, 6, 4), [24, 8], None),
         (tensor(4, 3, 6, 5), [9, 7], None),
         (tensor(4, 3, 6, 5), [12, 7], None),
+        (tensor(4, 3, 6, 5), None, [1.7, 4.3]),
     ),
     localise=_upsampled_size,
 )
-def upsample_nearest(call: Call, x: Operand, *_: Any) -> Result:
+def upsample_nearest(
+    call: Call, x: Operand, size: Sequence[int] | None = None, factors: Sequence[float] | None = None
+) -> Result:
     """(N, C, H, W) -> (N, C, H', W'). Keeps N and C; a dimension stretched by a power of two becomes [old, ratio]."""
+    del size
     call.keep(x, [0, 1])
     axes: list[Axis | None] = [x.axes[0], x.axes[1]]
     for d in range(2, x.ndim):
         ratio, rest = divmod(call.shape[d], x.shape[d])
-        if rest or ratio & (ratio - 1):
+        if rest or ratio & (ratio - 1) or not _is_repeated(factors):
             axes.append(None)
             continue
         call.keep(x, [d])

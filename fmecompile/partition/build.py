@@ -18,7 +18,7 @@ from fmecompile.errors import VerificationError
 from fmecompile.graph import edit
 from fmecompile.graph.group import Group
 from fmecompile.graph.program import compute_nodes
-from fmecompile.graph.specs import node_spec, specs_in, tensor_spec
+from fmecompile.graph.specs import TensorSpec, node_spec, specs_in, tensor_spec
 from fmecompile.operators import RULES
 from fmecompile.operators.registry import Halo, positional
 from fmecompile.partition.layout import can_overlay, local_shape, piece_spec, slicing_of, unit_of
@@ -88,6 +88,7 @@ class Builder:
         key = (start, stop, nest, chunk)
         if key not in self.built:
             looped = roles(self.region, start, stop, nest)
+            assert looped is not None, f"no loop over {nest} from {start} to {stop}"
             inside = tuple(self.region.nodes[p] for p in range(start, stop) if looped[p])
             hoisted = tuple(self.region.nodes[p] for p in range(start, stop) if not looped[p])
             members = frozenset(inside)
@@ -130,7 +131,7 @@ class Builder:
             if all(self._is_within(user, loop) for user in node.users):
                 continue
             root = self.storages.roots[node]
-            chain = list(self._views_up(node, root))
+            chain = list(self._views_up(node, root, loop))
             if root in loop.members:
                 results[root] = None
                 behind.update(chain)
@@ -141,9 +142,9 @@ class Builder:
     def _is_within(self, user: fx.Node, loop: Loop) -> bool:
         return self.storages.position.get(user, loop.stop) < loop.stop
 
-    def _views_up(self, node: fx.Node, root: fx.Node) -> Iterator[fx.Node]:
-        """``node`` and the views between it and the owner of its storage."""
-        while node is not root and node in self.storages.roots:
+    def _views_up(self, node: fx.Node, root: fx.Node, loop: Loop) -> Iterator[fx.Node]:
+        """``node`` and the views of the loop between it and the owner of its storage."""
+        while node is not root and node in loop.members:
             yield node
             node = next(n for n in node.all_input_nodes if self.storages.roots.get(n, n) is root)
 
@@ -341,6 +342,8 @@ class Builder:
 
     def _overlays(self, loop: Loop, node: fx.Node, over: fx.Node) -> bool:
         root = self._root(over)
+        if not isinstance(node_spec(root), TensorSpec):  # one of several results: where it lies is not told
+            return False
         return tensor_spec(over).numel == tensor_spec(root).numel and can_overlay(
             tensor_spec(node),
             self.axes[node].axes,

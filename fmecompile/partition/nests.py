@@ -75,12 +75,14 @@ def _reach(region: Region, start: int, nest: Nest, end: int) -> int:
     return end
 
 
-def roles(region: Region, start: int, stop: int, nest: Nest) -> dict[int, bool]:
-    """For each position of a valid group: True when it runs in the loop, False when it is hoisted."""
+def roles(region: Region, start: int, stop: int, nest: Nest) -> dict[int, bool] | None:
+    """For each position of a group: True when it runs in the loop, False when it is hoisted. None where one can do
+    neither, so that there is no such group."""
     looped: dict[int, bool] = {}
     for p in range(start, stop):
         role = role_of(region, p, start, nest, looped)
-        assert role is not None, f"position {p} cannot be in a loop from {start}"
+        if role is None:
+            return None
         looped[p] = role
     return looped
 

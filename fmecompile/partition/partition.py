@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from math import ceil
 
 from fmecompile.analysis.axes import GraphAxes, propagate
 from fmecompile.analysis.facts import FactTable
@@ -102,7 +103,7 @@ class Partitioner:
 
     def floor_bytes(self) -> int:
         """The least that any plan holds, as far as is known."""
-        return int(least_limit(self.table, self._stops)) if self.region.nodes else 0
+        return ceil(least_limit(self.table, self._stops)) if self.region.nodes else 0
 
     def bottleneck(self) -> int:
         """The position in front of the operators that keep the floor where it is."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-import torch
 from torch import fx
 
 from fmecompile.analysis.axes import GraphAxes, Use
@@ -16,11 +15,10 @@ from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.storages import Storages
 from fmecompile.graph.specs import TensorSpec, node_spec, specs_in
 from fmecompile.kernels.group_norm import GROUP_NORM_APPLY, GROUP_NORM_MOMENTS
-from fmecompile.passes.fuse_norm import norm_call
+from fmecompile.passes.fuse_norm import fused
 from fmecompile.runtime.norms import group_norm_apply, group_norm_moments, group_norm_statistics
 from fmecompile.runtime.rates import Rates
 
-aten = torch.ops.aten
 NORM_PARTS = (
     group_norm_moments,
     group_norm_statistics,
@@ -135,12 +133,12 @@ def _joined(nodes: Sequence[fx.Node], position: dict[fx.Node, int], facts: FactT
     """For each part of a split GroupNorm, all of it: together the parts are joined again."""
     found: list[Joined | None] = [None] * len(nodes)
     for at, node in enumerate(nodes):
-        call = norm_call(node)
+        call = fused(node)
         if call is None:
             continue
         statistics = node.args[1]
         moments = statistics.args[0]  # type: ignore[union-attr]
-        whole = facts(aten.group_norm.default, specs_in(call), {})
+        whole = facts(call[0], specs_in(call[1]), {})
         joined = Joined(position[moments], at, whole.hidden_bytes)  # type: ignore[index]
         for part in (moments, statistics, node):
             found[position[part]] = joined  # type: ignore[index]

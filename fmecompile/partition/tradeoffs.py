@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from fmecompile.analysis.facts import FactTable
+from fmecompile.analysis.storages import storages
+from fmecompile.errors import PlanMismatch
 from fmecompile.graph.program import Program, compute_nodes
 from fmecompile.graph.specs import node_spec
 from fmecompile.operators.contraction import products
 from fmecompile.partition.nests import MAX_TRIPS
 from fmecompile.partition.partition import Partitioner
 from fmecompile.passes.recompute import Chain, Recompute, chains
-from fmecompile.passes.spill import Spill, Wait, late_readers
+from fmecompile.passes.spill import Spill, Wait, in_parts, late_readers
 from fmecompile.runtime.host import to_host
 
 FREE_WORK, CHEAP_WORK = 0.05, 0.15
@@ -79,10 +81,24 @@ def prepare(program: Program, facts: FactTable, limits: Limits) -> Prepared:
 
 
 def replayed(program: Program, facts: FactTable, recomputed: tuple[str, ...], spilled: tuple[Wait, ...]) -> Prepared:
-    """``program`` as a saved plan left it."""
+    """``program`` as a saved plan left it. Raises PlanMismatch where that is not possible."""
     Recompute(recomputed).apply(program, facts)
-    Spill(spilled).apply(program, facts)
+    for wait in spilled:
+        _require_movable(program, facts, wait)
+        Spill((wait,)).apply(program, facts)
     return Prepared(program, Partitioner(program, facts), recomputed, spilled)
+
+
+def _require_movable(program: Program, facts: FactTable, wait: Wait) -> None:
+    held = storages(compute_nodes(program.graph), program.outputs, facts)
+    named = {node.name: node for node in held.nodes}
+    value, until = (named.get(name) for name in wait)
+    owns = value is not None and held.roots[value] is value and value.target is not to_host
+    if not owns or until is None or value in in_parts(held):
+        raise PlanMismatch(
+            f"the saved plan does not fit: {wait[0]!r} cannot wait in host memory until {wait[1]!r}",
+            next_step="make it again, or leave it out",
+        )
 
 
 def _improved(best: Prepared, facts: FactTable, limit_bytes: int | None, improve: Improve) -> Prepared:
@@ -153,9 +169,17 @@ def _values_in_the_way(best: Prepared) -> Iterator[tuple[Wait, ...]]:
     nodes, least = held.nodes, LEAST_SPILL * best.partitioner.floor_bytes()
     waiting: list[Wait] = []
     busy: dict[str, tuple[int, str, str]] = {}
+    fixed = in_parts(held)
     for owner, last in held.last.items():
         here = held.position.get(owner, len(nodes))
-        if owner.target is to_host or last == len(nodes) or here >= end or last < at or held.nbytes[here] < least:
+        if (
+            owner in fixed
+            or owner.target is to_host
+            or last == len(nodes)
+            or here >= end
+            or last < at
+            or held.nbytes[here] < least
+        ):
             continue
         if here >= at and end == len(nodes):
             continue

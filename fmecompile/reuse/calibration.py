@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from fmecompile.config import write_whole
 from fmecompile.errors import CalibrationMismatch, OptionError
 from fmecompile.reuse.options import numbers, one_of, whole
 
@@ -268,7 +269,7 @@ class Calibration:
         return made
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_whole(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

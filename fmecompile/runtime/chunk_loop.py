@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from fmecompile.runtime.host import copy_out, host_empty
 from fmecompile.runtime.schedule import forked, schedule, streams_beside
+from fmecompile.runtime.watch import NO_LABEL, Label, watched
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,12 @@ Trips = tuple[Trip, ...]
 
 
 class ChunkLoop(nn.Module):
-    """Runs each chunk through the body of its kind, and returns the outputs as a tuple."""
+    """Runs each chunk through the body of its kind, and returns the outputs as a tuple. ``label`` is for those
+    who watch and read."""
 
-    def __init__(self, spec: LoopSpec, bodies: Sequence[fx.GraphModule]) -> None:
+    def __init__(self, spec: LoopSpec, bodies: Sequence[fx.GraphModule], label: Label = NO_LABEL) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.label = spec, label
         self.bodies = nn.ModuleList(bodies)
         self._sliced = tuple((i, slicing) for i, slicing in enumerate(spec.slicings) if slicing is not None)
         self._written = [k for k, output in enumerate(spec.outputs) if output.is_written]
@@ -159,6 +161,10 @@ class ChunkLoop(nn.Module):
             trips.append((self.spec.kinds[place[-1] // inner.chunk], reads, writes))
         return tuple(trips)
 
+    def trips_of(self, kind: int) -> int:
+        """How many trips run the body ``kind``."""
+        return sum(trip[0] == kind for trip in self._trips)
+
     @property
     def distinct_trips(self) -> Trips:
         """One trip of each body."""
@@ -169,19 +175,25 @@ class ChunkLoop(nn.Module):
 
     def run(self, operands: Sequence[torch.Tensor], trips: Trips) -> tuple[torch.Tensor, ...]:
         """Run ``trips`` and return the outputs."""
+        with watched(self.label):
+            return self._run(operands, trips)
+
+    def _run(self, operands: Sequence[torch.Tensor], trips: Trips) -> tuple[torch.Tensor, ...]:
         outputs = tuple(_place(output, operands) for output in self.spec.outputs)  # the caller's, so before the fork
-        readable = [(i, _viewed(operands[i], slicing)) for i, slicing in self._sliced]
+        over = [outputs[k] for k in self._written if self.spec.outputs[k].takes is not None]
+        readable = [(i, _viewed(_spelled_like(operands[i], over), slicing)) for i, slicing in self._sliced]
         writable = [_viewed(tensor, output.slicing) for tensor, output in zip(outputs, self.spec.outputs, strict=True)]
         bodies = list(self.bodies)
         if self.spec.slots == 1:
             for trip in trips:
-                self._run_trip(bodies, trip, operands, readable, writable)
+                with watched():
+                    self._run_trip(bodies, trip, operands, readable, writable)
             return outputs
         home = next((tensor for tensor in (*operands, *outputs) if tensor.is_cuda), outputs[0])
         plan, streams = schedule(len(trips), self.spec.slots), streams_beside(home, self.spec.slots)
         with forked(plan, streams):
             for trip, slot in zip(trips, plan.slots, strict=True):
-                with streams.on(slot):
+                with streams.on(slot), watched():
                     self._run_trip(bodies, trip, operands, readable, writable)
         return outputs
 
@@ -214,6 +226,19 @@ def _place(output: Output, operands: Sequence[torch.Tensor]) -> torch.Tensor:
         return host_empty(output.shape, output.stride, output.dtype, output.host_of)
     like = operands[output.like]
     return like.new_empty_strided(output.shape, output.stride, dtype=output.dtype, device=output.device)
+
+
+def _spelled_like(operand: torch.Tensor, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The output that lies over all of ``operand`` with the same shape, if one does: torch refuses to write over what a
+    call reads unless their strides are equal, also along dimensions of one row, where they mean nothing."""
+    for output in outputs:
+        if operand.shape == output.shape and operand.untyped_storage()._cdata == output.untyped_storage()._cdata:
+            return output if _strides(operand) == _strides(output) else operand
+    return operand
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def _viewed(tensor: torch.Tensor, slicing: Slicing) -> torch.Tensor:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from fmecompile.config import cache_folder, may_measure
+from fmecompile.config import cache_folder, may_measure, write_whole
 
 ASSUMED_BYTES_PER_S = 20e9
 """Pinned host memory over PCIe 4 with 16 lanes, one direction."""
@@ -38,6 +38,12 @@ class Rates:
     call_s: float
     issue_s: float = 0.0
     is_measured: bool = False
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether these are rates, and not what somebody made of the file."""
+        rates = (self.products_per_s, self.bytes_per_s, self.weight_bytes_per_s)
+        return all(0 < rate < inf for rate in rates) and all(0 <= spent < inf for spent in (self.call_s, self.issue_s))
 
 
 _KERNEL_S = 2e-6
@@ -89,17 +95,15 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     """What was written down; nothing where that cannot be read."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
-        return {key: asdict(Rates(**value)) for key, value in known.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        found = {key: Rates(**value) for key, value in known.items()}
+        return {key: asdict(rates) for key, rates in found.items() if rates.is_usable}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 
 def _write(path: Path, known: dict[str, dict[str, Any]]) -> None:
-    """All or nothing, whoever else writes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_name(f"{path.name}.{os.getpid()}")
-    own.write_text(json.dumps(known, indent=1), encoding="utf-8")
-    own.replace(path)
+    write_whole(path, json.dumps(known, indent=1))
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> Rates:

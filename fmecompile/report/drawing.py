@@ -1,34 +1,42 @@
-"""Self-contained HTML pages: memory timelines as inline SVG, light and dark, no network.
+"""What pages are drawn with: templates, bytes in words, axes, and memory timelines as inline SVG.
 
-Knows no compiler, only plans as data. The drawing of a timeline stretches with the page while its labels stay text of
-the page, so they read at any width.
+The drawing of a timeline stretches with the page while its labels stay text of the page, so they read at any width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup
 
-if TYPE_CHECKING:
-    from fmecompile.graph.plan import Plan
-
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 _WIDTH, _HEIGHT, _COLUMNS = 1000, 400, 800
+HUES = 8
+"""Colours of modules and of parts of a peak, ``h0`` and on in the style sheet."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Bytes held over the course of a call. ``style`` is the CSS class that colours it: ``eager`` or ``ours``."""
+    """Bytes held over the course of a call. ``style`` is the CSS class that colours it: ``eager`` or ``ours``.
+    ``bands`` tell which module entries are of: its path, and the place of its first."""
 
     label: str
     style: str
     values: Sequence[int]
+    bands: Sequence[tuple[str, int]] = ()
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of operators of one module below a timeline: from where to where in % of the call, and its colour."""
+
+    module: str
+    start: float
+    width: float
+    hue: int
 
 
 @dataclass(frozen=True)
@@ -37,65 +45,6 @@ class Mark:
 
     label: str
     value: int
-
-
-@dataclass(frozen=True)
-class Exhibit:
-    """One model on the demo's page. ``facts`` are (name, value) texts; all exhibits of a page name the same ones."""
-
-    name: str
-    about: str
-    facts: Sequence[tuple[str, str]]
-    curves: Sequence[Curve]
-    marks: Sequence[Mark] = ()
-
-
-def write_plan(plan: Plan, path: Path) -> None:
-    """Write the page of one plan: headline, timelines, what is held at the peak, groups, barriers."""
-    curves = [Curve("eager", "eager", plan.eager_timeline), Curve("optimized", "ours", plan.timeline)]
-    peak = max(plan.projected_peak_bytes, 1)
-    page = template("plan.html").render(
-        title="Memory plan",
-        plan=plan,
-        numbers=_numbers(plan),
-        figure=timeline("Activation memory during one call", curves, [Mark("allowed", plan.allowed_bytes)]),
-        owners=[(name, size, round(100 * size / peak)) for name, size in plan.owners],
-    )
-    path.write_text(page, encoding="utf-8")
-
-
-def _numbers(plan: Plan) -> list[tuple[str, str]]:
-    """The headline: activations first, then what exists before the call, then how much work the loops are."""
-    eager = plan.eager_peak_bytes
-    return [
-        ("Eager peak", bytes_text(eager) if eager else "not measured"),
-        ("Allowed", bytes_text(plan.allowed_bytes)),
-        ("Projected peak", bytes_text(plan.projected_peak_bytes)),
-        ("Floor", bytes_text(plan.floor_bytes)),
-        ("Of eager", f"{100 * plan.projected_peak_bytes / eager:.1f} %" if eager else "not measured"),
-        ("Weights", bytes_text(plan.weight_bytes)),
-        ("Inputs", bytes_text(plan.input_bytes)),
-        ("Groups", str(len(plan.groups))),
-        ("Chunk trips", str(plan.trips)),
-        ("Pipelined groups", str(plan.pipelined)),
-    ]
-
-
-def write_demo(title: str, machine: str, exhibits: Sequence[Exhibit], path: Path) -> None:
-    """Write the demo's page: a table with a column a model, then both timelines of each.
-
-    ``machine`` says what the figures were measured on.
-    """
-    names = [name for name, _ in exhibits[0].facts]
-    columns = [[value for _, value in exhibit.facts] for exhibit in exhibits]
-    page = template("demo.html").render(
-        title=title,
-        machine=machine,
-        exhibits=exhibits,
-        facts=list(zip(names, zip(*columns, strict=True), strict=True)),
-        figures=[(e, timeline(f"Activation memory during one call: {e.name}", e.curves, e.marks)) for e in exhibits],
-    )
-    path.write_text(page, encoding="utf-8")
 
 
 def timeline(title: str, curves: Sequence[Curve], marks: Sequence[Mark] = ()) -> Markup:
@@ -116,14 +65,38 @@ def timeline(title: str, curves: Sequence[Curve], marks: Sequence[Mark] = ()) ->
         ticks=[(100 - 100 * tick / ticks[-1], _y(tick * unit, top), f"{tick:g} {name}") for tick in ticks],
         curves=[(curve, bytes_text(max(curve.values)), *_paths(curve.values, top)) for curve in drawn],
         marks=[(mark.label, bytes_text(mark.value), _y(mark.value, top)) for mark in marks],
+        strips=[(curve, segments) for curve, segments in zip(drawn, _strips(drawn), strict=True) if segments],
     )
     return Markup(figure)
+
+
+def _strips(curves: Sequence[Curve]) -> list[list[Segment]]:
+    """The bands of each curve; a module has one colour in all of them."""
+    hues: dict[str, int] = {}
+    for curve in curves:
+        for module, _ in curve.bands:
+            hues.setdefault(module, len(hues) % HUES)
+    return [[*_segments(curve, hues)] for curve in curves]
+
+
+def _segments(curve: Curve, hues: dict[str, int]) -> Iterator[Segment]:
+    starts = [start for _, start in curve.bands]
+    percent = 100 / len(curve.values)
+    for (module, start), end in zip(curve.bands, [*starts[1:], len(curve.values)], strict=False):
+        if module and end > start:
+            yield Segment(module, percent * start, percent * (end - start), hues[module])
 
 
 def bytes_text(value: int) -> str:
     """Bytes in the largest unit that leaves a digit in front of the point: ``21.7 MiB``, ``3.27 GiB``."""
     unit, name = unit_of(value)
     return f"{value / unit:.{2 if unit == GIB else 1}f} {name}"
+
+
+def seconds_text(seconds: float, *, signed: bool = False) -> str:
+    """Seconds from 1 on, milliseconds below: ``1.52 s``, ``+3.10 ms``."""
+    sign = "+" if signed else ""
+    return f"{seconds:{sign}.2f} s" if abs(seconds) >= 1 else f"{1e3 * seconds:{sign}.2f} ms"
 
 
 def unit_of(value: int) -> tuple[int, str]:
@@ -159,5 +132,5 @@ def template(name: str) -> jinja2.Template:
     pages = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    pages.filters["bytes"] = bytes_text
+    pages.filters["bytes"], pages.filters["seconds"] = bytes_text, seconds_text
     return pages.get_template(name)
