@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from math import inf, isnan
+from math import inf, isnan, nan
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fmecompile.backends.eager import EagerCompiler, silent
@@ -28,6 +29,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Relative to the largest value of the output, by its dtype; 2e-2 for smaller ones."""
 SLACK_BYTES = 4096
 """By so little a call may exceed its projection: literals that a call makes for itself."""
+_aten = torch.ops.aten
+_ALLOCATIONS = {_aten.empty, _aten.empty_strided, _aten.empty_like, _aten.new_empty, _aten.new_empty_strided}
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class _Checker:
 
     def _run(self, compiled: Compiled, watch: _Meter | _Recorder) -> list[torch.Tensor]:
         watched = replace(compiled, graph_module=_Watched(compiled.graph_module, watch))
-        with watch.meter if isinstance(watch, _Meter) else nullcontext():
+        with watch.meter if isinstance(watch, _Meter) else nullcontext(), _NoStaleValues():
             return _tensors(Executable(watched, self._module)(self._leaves))
 
     def _first_difference(self, before: Compiled, after: Compiled, groups: Mapping[str, Group]) -> str:
@@ -200,6 +203,17 @@ class _Interpreter(fx.Interpreter):
         value = super().run_node(n)
         self._watch.after(n, value)
         return value
+
+
+class _NoStaleValues(TorchDispatchMode):
+    """Fills what is allocated with NaN: a block that an earlier run freed may still hold right values, and would hide
+    rows that nothing writes."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _ALLOCATIONS and (result.is_floating_point() or result.is_complex()):
+            result.fill_(nan)
+        return result
 
 
 class _Meter:

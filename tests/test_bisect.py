@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import fmecompile
 from fmecompile import pipeline
@@ -74,6 +75,14 @@ def test_a_wrong_loop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = fmecompile.bisect(net(), batch())
     assert verdict.wrong is not None and verdict.wrong.name == "chunk-loops"
     assert verdict.wrong.culprit.startswith("chunk_loop_")
+
+
+def test_rows_that_nothing_writes_are_wrong_whatever_the_memory_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = net(), batch()
+    rows: list[torch.Tensor] = []
+    monkeypatch.setattr(chunk_loop.ChunkLoop, "_run_trip", lambda *operands: rows.extend(operands[-1]))
+    assert fmecompile.bisect(module, x).wrong is not None
+    assert any(bool(part.isnan().all()) for part in rows if not isinstance(part, FakeTensor))
 
 
 def test_a_loop_that_holds_more_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

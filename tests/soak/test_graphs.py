@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, note, seed, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from tests.soak.budget import GRAPHS
@@ -28,7 +28,6 @@ def _one_thread(one_thread: None) -> None:
 def proven(rng: Random, number: int) -> None:
     torch.manual_seed(number)
     module = written(rng, number)
-    note(str(module))
     try:
         outcomes = check(rng, module)
     except Exception as error:
