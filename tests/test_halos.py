@@ -380,7 +380,7 @@ def loops_with_halo(draw: st.DrawFn, program: Program, start: int = 1) -> Looped
     return None
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_chains_in_loops_with_halos_equal_chains_whole(data: st.DataObject) -> None:
     """One or two loops; nothing is overwritten that is read later, and no more bytes are held than projected."""

@@ -63,7 +63,14 @@ def check_exact(module: nn.Module, *args: Any, share: float = 0.6, **kwargs: Any
     return plan
 
 
-@pytest.mark.parametrize("size", [(2, 5, 16, 24), (1, 3, 24, 16), (2, 2, 8, 8), (1, 7, 8, 24)], ids=str)
+SIZES = [
+    (2, 5, 16, 24),
+    (1, 7, 8, 24),
+    *(pytest.param(s, marks=pytest.mark.slow) for s in [(1, 3, 24, 16), (2, 2, 8, 8)]),
+]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(("build", "call"), [(small_svd, svd_call), (small_animatediff, animatediff_call)])
 def test_unets_are_exact(build: Callable[[], nn.Module], call: Callable[..., Any], size: tuple[int, ...]) -> None:
     check_exact(build().to(F64), *call(*size, F64))
@@ -103,7 +110,10 @@ def test_return_dict_false_and_python_timesteps() -> None:
     assert len(fmecompile.explain(module).records) == 2  # one for floats, one for integers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+NARROW = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize(("build", "call"), [(small_svd, svd_call), (small_animatediff, animatediff_call)])
 @torch.no_grad()
 def test_narrow_types_are_as_good_as_eager(build: Any, call: Any, dtype: torch.dtype) -> None:

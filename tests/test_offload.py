@@ -218,6 +218,7 @@ def test_group_offload_runs_eagerly_and_says_so(kind: str) -> None:
     assert relative(frames(fast, output_type="latent"), got) == 0
 
 
+@pytest.mark.slow
 def test_precision_changes() -> None:
     fast, plain = twins()
     assert_same(fast, plain)
@@ -272,6 +273,7 @@ def test_an_optimized_pipeline_refuses_to_be_pickled() -> None:
 # -------------------------------------------------------------------------------------------- calls that differ
 
 
+@pytest.mark.slow
 def test_guidance_frames_and_size_change_between_calls() -> None:
     fast, plain = twins()
     for call in ({}, {"guidance_scale": 1.0}, {"num_frames": 2}, {"height": 8}, {}):

@@ -184,6 +184,10 @@ CHANGES = {
 }
 
 
+ALIKE = {"other-size", "other-frames"}
+"""Changes of a shape; guidance off is one too, and always tested."""
+
+
 def assert_as_in_a_fresh_pipeline(plain: Any, **call: Any) -> None:
     """A call between others gives what it gives alone, and so do the others."""
     fast = reusing(plain)
@@ -195,7 +199,7 @@ def assert_as_in_a_fresh_pipeline(plain: Any, **call: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [pytest.param("other-size", marks=pytest.mark.slow), *sorted(CHANGES.keys() - {"other-size"})]
+    "change", [pytest.param(c, marks=pytest.mark.slow) if c in ALIKE else c for c in sorted(CHANGES)]
 )
 def test_a_call_that_differs_is_as_in_a_fresh_pipeline(change: str) -> None:
     assert_as_in_a_fresh_pipeline(pipelines.animatediff(), **CHANGES[change])
@@ -649,7 +653,9 @@ def needs(kind: str) -> tuple[dict[str, int], int]:
 
 
 @pytest.mark.usefixtures("with_loops")
-@pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "forecast" else pytest.param(kind, marks=pytest.mark.slow) for kind in POLICIES]
+)
 def test_what_is_kept_counts_in_a_budget(unet: nn.Module, kind: str) -> None:
     """Allowed >= projected >= measured at every step; all that is held then is within the budget."""
     policy, inputs = POLICIES[kind], unet_inputs()

@@ -232,7 +232,9 @@ def test_full_steps_alone_change_nothing(svd_run: tuple[nn.Module, Any]) -> None
     assert len(record(model).plans) == 1
 
 
-@pytest.mark.parametrize("mode", ["feature", "residual", "forecast"])
+@pytest.mark.parametrize(
+    "mode", ["forecast", *(pytest.param(m, marks=pytest.mark.slow) for m in ("feature", "residual"))]
+)
 def test_generations_do_not_touch_each_other(svd_run: tuple[nn.Module, Any], mode: Any) -> None:
     """Again, with other steps in between, after an exception: the same frames; nothing is kept at the end."""
     model, inputs = svd_run

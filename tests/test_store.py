@@ -115,8 +115,8 @@ def test_the_graph_converts(store: torch.dtype, order: int) -> None:
     [
         (torch.float16, "feature"),
         ("float8_e4m3fn", "forecast"),
-        ("host", "residual"),
         ("host", "forecast"),
+        pytest.param("host", "residual", marks=pytest.mark.slow),
         pytest.param(None, "forecast", marks=pytest.mark.slow),
         pytest.param("float32", "residual", marks=pytest.mark.slow),
         pytest.param("bfloat16", "forecast", marks=pytest.mark.slow),
@@ -161,7 +161,7 @@ def stored(policy: Any, store: Any) -> Any:
 
 @pytest.mark.parametrize(
     "kind",
-    ["forecast", "probe", "guidance", *(pytest.param(k, marks=pytest.mark.slow) for k in ("residual", "feedback"))],
+    ["probe", *(pytest.param(k, marks=pytest.mark.slow) for k in ("forecast", "guidance", "residual", "feedback"))],
 )
 def test_host_memory_changes_no_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same frames; values went out and came back, and nothing stays."""
@@ -187,7 +187,7 @@ def test_host_memory_changes_no_bit(kind: str, monkeypatch: pytest.MonkeyPatch) 
     assert set(host._host) <= waiting
 
 
-@pytest.mark.parametrize("kind", ["feature", "forecast"])
+@pytest.mark.parametrize("kind", [pytest.param("feature", marks=pytest.mark.slow), "forecast"])
 @pytest.mark.parametrize("store", [torch.float16, "host"])
 def test_what_is_stored_counts_in_a_budget(kind: str, store: Any) -> None:
     """At each step all that is held is within the budget; in host memory a full step holds nothing for later ones."""
@@ -216,7 +216,7 @@ def test_what_is_stored_counts_in_a_budget(kind: str, store: Any) -> None:
 
 
 @pytest.mark.parametrize("store", ["host", "float16"])
-@pytest.mark.parametrize("kind", ["feature", "forecast"])
+@pytest.mark.parametrize("kind", [pytest.param("feature", marks=pytest.mark.slow), "forecast"])
 def test_stored_values_are_never_looked_at(kind: str, store: str) -> None:
     """On fake tensors, which hold no numbers; also outside of their mode."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
