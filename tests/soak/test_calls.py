@@ -141,13 +141,17 @@ def _layers(module: nn.Module) -> list[Any]:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("options", [{}, {"max_chunks": 3}], ids=["default", "few chunks"])
-def test_calls_that_change_and_fail(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("calls", "options"),
+    [(CALLS, {}), (max(CALLS // 5, 6), {"max_chunks": 3})],
+    ids=["default", "few chunks"],
+)
+def test_calls_that_change_and_fail(calls: int, options: dict[str, Any]) -> None:
     start = live_bytes()
     pair = Pair(Random(7), **options)
     fails: list[Callable[..., None]] = [pair.fail, pair.compare, pair.compare]
     with quiet():
-        for step in range(CALLS):
+        for step in range(calls):
             try:
                 if step % 9 == 5:
                     pair.adapt()
