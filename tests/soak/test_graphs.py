@@ -25,11 +25,12 @@ def _one_thread(one_thread: None) -> None:
     """Tiny operators."""
 
 
-def proven(rng: Random, number: int) -> None:
+def proven(rng: Random, number: int, checks: Random | None = None) -> None:
+    """``rng`` writes the graph; ``checks``, by default the same, says how it is compiled."""
     torch.manual_seed(number)
     module = written(rng, number)
     try:
-        outcomes = check(rng, module)
+        outcomes = check(checks or rng, module)
     except Exception as error:
         error.add_note(f"python -m tests.soak {number}\n{module}")
         raise
@@ -54,6 +55,7 @@ def test_random_graphs(first: int) -> None:
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )
-@given(st.randoms(use_true_random=False))
-def test_drawn_graphs(rng: Random) -> None:
-    proven(rng, 0)
+@given(st.randoms(use_true_random=False), st.integers(0, 2**32))
+def test_drawn_graphs(rng: Random, checks: int) -> None:
+    """What is asked of a graph depends on what the process compiled before, so hypothesis draws it as a number."""
+    proven(rng, 0, Random(checks))
