@@ -38,7 +38,8 @@ from tests.soak.test_calls import net
 plan = fmecompile.plan(net(), torch.zeros(2, 4, 8, 8, dtype=torch.float64), 3.0)
 for _ in range(int(sys.argv[2])):
     plan.save(sys.argv[1])
-    assert fmecompile.Plan.load(sys.argv[1]) == plan
+    found = fmecompile.Plan.load(sys.argv[1])  # whole; the other's may have other seconds, by rates of its own
+    assert found.eager_peak_bytes == plan.eager_peak_bytes
 """
 
 
