@@ -521,7 +521,7 @@ def test_chains_within_a_limit_equal_chains_without() -> None:
     """The same values in no more bytes than the plan says; or a refusal."""
     outcomes: list[str] = []
 
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=100, deadline=None, derandomize=True, database=None)
     @given(waiting(), st.sampled_from([0.95, 0.8, 0.6]), st.sampled_from([True, True, False]))
     def one(program: Program, share: float, may_spill: bool) -> None:
         tensors = tensors_of(program)
