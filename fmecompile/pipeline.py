@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch._logging._internal import trace_structured
 
 from fmecompile import config
+from fmecompile.analysis.cost import whole_s
 from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.memory import Projection, project
 from fmecompile.analysis.transfers import transfer, work
@@ -95,7 +96,8 @@ MAX_REPAIRS = 3
 class Compilation:
     """One program on its way through the stages. ``notes`` holds what each stage said it did, ``weight_bytes`` what the
     module reads of its weights, which are there though a rewrite may not read all of them, ``before`` the captured
-    graph, ``captured`` where its outputs lay. ``fuse`` makes kernels of runs of operators, where a backend has any."""
+    graph, ``captured`` where its outputs lay, ``eager_s`` how long it takes, projected. ``fuse`` makes kernels of runs
+    of operators, where a backend has any."""
 
     program: Program
     facts: FactTable = field(default_factory=FactTable)
@@ -106,6 +108,7 @@ class Compilation:
     fuse: Fuse | None = None
     before: Outline = EMPTY
     captured: tuple[Returned | None, ...] = ()
+    eager_s: float = 0.0
 
     def project(self) -> Projection:
         return project(self.program, self.groups, self.facts)
@@ -166,6 +169,7 @@ def normalise(compilation: Compilation, observe: Observe | None = None) -> None:
     compilation.before = Outline.of(program.graph, {})
     compilation.done("capture", f"{len(compute_nodes(program.graph))} operators", observe)
     compilation.captured = returned(program, facts)
+    compilation.eager_s = whole_s(program, facts)
     _run(PASSES, compilation, observe)
 
 
@@ -257,7 +261,7 @@ def lower(
         answer = replay(prepared.partitioner, usable[0])
     else:
         prepared = prepare(program, facts, limits)
-        answer = prepared.partitioner.search(limit_bytes)
+        answer = prepared.partitioner.search(limit_bytes, compilation.eager_s)
         room = answer.allowed_bytes - (STREAM_BYTES if limit_bytes is not None else 0)
         answer = PipelineChunks(room).apply(prepared.partitioner, answer)
     compilation.program, partitioner = prepared.program, prepared.partitioner
@@ -293,6 +297,7 @@ def lower(
         spilled=prepared.spilled,
         joined=answer.joined,
         whole_s=partitioner.region.whole_s,
+        eager_s=compilation.eager_s,
         transfer=transfer(program, answer.groups, computed),
         durations_s=durations(partitioner, planned, after),
         before=compilation.before,

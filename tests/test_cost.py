@@ -15,16 +15,18 @@ from torch import nn
 import fmecompile
 from fmecompile.analysis.axes import propagate
 from fmecompile.analysis.cost import cost_of
+from fmecompile.analysis.facts import FactTable
 from fmecompile.capture.export import capture
 from fmecompile.graph.program import compute_nodes
 from fmecompile.partition.candidates import Candidate
-from fmecompile.partition.search import MAX_LOSS
+from fmecompile.partition.partition import Partitioner
+from fmecompile.partition.search import KNEE, MAX_LOSS, _choices
 from fmecompile.pipeline import Compilation, normalise
 from fmecompile.runtime import rates
-from fmecompile.runtime.rates import ASSUMED, Rates, rates_of
+from fmecompile.runtime.rates import ASSUMED, KEPT_BYTES, Rates, rates_of
 
 CPU = torch.device("cpu")
-FOUND = Rates(1e9, 1e9, 1e9, 1e-6, is_measured=True)
+FOUND = Rates(1e9, 1e9, 1e9, 1e-6, 0.0, is_measured=True)
 
 
 @pytest.fixture
@@ -82,12 +84,24 @@ def test_a_real_measurement() -> None:
     assert 1e8 < found.products_per_s < 1e13
     assert 1e8 < found.weight_bytes_per_s <= found.bytes_per_s * 4
     assert 1e-7 < found.call_s < 1e-3 and found.issue_s == 0
+    assert 0 <= found.fresh_s < 1e-8
+
+
+def test_rates_of_an_earlier_version_are_measured_again(measured: list[torch.dtype], tmp_path: Path) -> None:
+    again()
+    path = tmp_path / "cache" / "rates.json"
+    known = json.loads(path.read_text())
+    for rates_of_one in known.values():
+        del rates_of_one["fresh_s"]
+    path.write_text(json.dumps(known))
+    assert again() == FOUND
+    assert len(measured) == 2
 
 
 class Layer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.wide, self.narrow = nn.Linear(64, 256), nn.Linear(256, 64)
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.narrow(torch.nn.functional.gelu(self.wide(x))).view(x.shape)
@@ -99,7 +113,7 @@ def test_what_a_call_costs() -> None:
     axes = propagate(compilation.program.graph)
     linear = compute_nodes(compilation.program.graph)[0]
     rows = axes[linear].axes[0]
-    slow = Rates(products_per_s=10.0, bytes_per_s=100.0, weight_bytes_per_s=50.0, call_s=1.0)
+    slow = Rates(products_per_s=10.0, bytes_per_s=100.0, weight_bytes_per_s=50.0, call_s=1.0, fresh_s=0.0)
     cost = cost_of(linear, axes, slow, is_view=False)
     x, weights, result, products = 4 * 32 * 64, 4 * (64 * 256 + 256), 4 * 32 * 256, 32 * 64 * 256
     assert cost.split(rows) == pytest.approx((1 + weights / 50, products / 10 + (x + result) / 100))
@@ -119,9 +133,42 @@ def test_more_trips_never_take_less_time(
     assert loop.extra_s(more, 1) == max(hidden.extra_s(more, 1), more * issue)  # the host asks while the device works
 
 
+@pytest.mark.parametrize(("rows", "is_fresh"), [(KEPT_BYTES // 1024, True), (KEPT_BYTES // 1024 - 1, False)])
+def test_memory_of_large_results_comes_from_the_system(rows: int, is_fresh: bool) -> None:
+    """Run whole, the wide value of 1 KiB a row and what follows it pay for that; in chunks they do not."""
+    compilation = Compilation(capture(Layer().requires_grad_(False), (torch.empty(rows, 64),), {}))
+    normalise(compilation)
+    partitioner = Partitioner(compilation.program, FactTable())
+    rates, region = partitioner.region.rates, partitioner.region
+    wide = [cost for cost, nbytes in zip(region.costs, region.nbytes, strict=True) if nbytes == 1024 * rows]
+    assert len(wide) == 2
+    for cost in wide:
+        assert cost.fresh_s == pytest.approx(1024 * rows * rates.fresh_s if is_fresh else 0)
+        assert cost.whole_s > cost.fresh_s
+    (loop,) = (c for c in partitioner.table[len(region.nodes)] if c.nest and c.start == 0 and c.size == rows)
+    assert loop.fresh_s == pytest.approx(2 * 1024 * rows * rates.fresh_s if is_fresh else 0)
+    gain = loop.extra_s(1, rows) - loop.extra_s(4, rows // 4)
+    assert gain == pytest.approx(loop.fresh_s - 3 * loop.fixed_s)
+    choices = list(_choices(loop, 2 * loop.peak_bytes(rows)))
+    assert choices[0].chunk == rows
+    assert [c.peak_bytes - loop.base_bytes < KEPT_BYTES for c in choices[1:]] == [True] * is_fresh
+
+
+def test_the_default_plan_may_take_as_long_as_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rewrites save is spent on loops."""
+    monkeypatch.delenv("FMECOMPILE_MIN_TRIP_BYTES")
+    compilation = Compilation(capture(Layer().requires_grad_(False), (torch.empty(65536 // 4, 64),), {}))
+    normalise(compilation)
+    partitioner = Partitioner(compilation.program, FactTable())
+    floor, whole_s = partitioner.floor_bytes(), partitioner.region.whole_s
+    assert compilation.eager_s == pytest.approx(whole_s, rel=1e-3)
+    limits = [partitioner._knee(floor, share * whole_s) for share in (0.5, 1, 1.05, 2)]
+    assert limits[0] == limits[1] > limits[2] > limits[3] == pytest.approx(KNEE * floor)
+
+
 def test_the_default_plan_loses_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FMECOMPILE_MIN_TRIP_BYTES")
-    module, x = Layer().requires_grad_(False), torch.randn(65536, 64)
+    module, x = Layer(320).requires_grad_(False), torch.randn(4096, 320)
     plan = fmecompile.plan(module, x)
     assert 0 < plan.extra_s <= MAX_LOSS * plan.whole_s
     monkeypatch.setitem(ASSUMED, "cpu", replace(ASSUMED["cpu"], weight_bytes_per_s=1e8))  # weights are dear to read

@@ -9,9 +9,12 @@ import torch
 from torch import fx
 
 from fmecompile.analysis.axes import GraphAxes
+from fmecompile.analysis.facts import FactTable
+from fmecompile.analysis.storages import storages
+from fmecompile.graph.program import Program, compute_nodes
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.operators.contraction import all_products
-from fmecompile.runtime.rates import Rates, rates_of
+from fmecompile.runtime.rates import KEPT_BYTES, Rates, rates_of
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,14 @@ class ReadCost:
 @dataclass(frozen=True)
 class Cost:
     """Seconds of one call. ``call_s`` is spent whenever it is made, on a slice or on everything, ``work_s`` on
-    computing and writing all of it. ``whole_s`` is that of the whole by the roofline, where the slower of computing and
-    moving hides the other."""
+    computing and writing all of it, ``fresh_s`` on mapping the memory of all of it anew. ``whole_s`` is that of the
+    whole by the roofline, where the slower of computing and moving hides the other."""
 
     call_s: float
     work_s: float
     reads: tuple[ReadCost, ...]
     whole_s: float
+    fresh_s: float = 0.0
 
     def split(self, atoms: Collection[int]) -> tuple[float, float]:
         """What each trip of a loop over ``atoms`` spends again, and what its trips spend together."""
@@ -47,13 +51,32 @@ class Cost:
 
 def cost_of(node: fx.Node, axes: GraphAxes, rates: Rates, *, is_view: bool) -> Cost:
     """What one call costs; a view moves nothing."""
+    whole_s = _roofline_s(node, rates, is_view=is_view)
     if is_view:
-        return Cost(rates.call_s, 0.0, (), rates.call_s)
+        return Cost(rates.call_s, 0.0, (), whole_s)
     reads = tuple(_read_cost(operand, axes, rates) for operand in node.all_input_nodes)
-    compute_s = all_products(node) / rates.products_per_s
-    written_s = _nbytes(node) / rates.bytes_per_s
-    moved_s = written_s + sum(read.sliced_s for read in reads)
-    return Cost(rates.call_s, compute_s + written_s, reads, rates.call_s + max(compute_s, moved_s))
+    work_s = all_products(node) / rates.products_per_s + _nbytes(node) / rates.bytes_per_s
+    return Cost(rates.call_s, work_s, reads, whole_s, fresh_s(_nbytes(node), rates))
+
+
+def fresh_s(nbytes: int, rates: Rates) -> float:
+    """Seconds that a value of so many bytes costs beyond writing it, where its memory comes from the system."""
+    return nbytes * rates.fresh_s if nbytes >= KEPT_BYTES else 0.0
+
+
+def whole_s(program: Program, facts: FactTable) -> float:
+    """Seconds of a program whose calls all run whole."""
+    nodes = compute_nodes(program.graph)
+    roots, rates = storages(nodes, program.outputs, facts).roots, rates_for(nodes)
+    return sum(_roofline_s(node, rates, is_view=roots[node] is not node) for node in nodes)
+
+
+def _roofline_s(node: fx.Node, rates: Rates, *, is_view: bool) -> float:
+    if is_view:
+        return rates.call_s
+    written = _nbytes(node)
+    moved_s = (written + sum(map(_nbytes, node.all_input_nodes))) / rates.bytes_per_s
+    return rates.call_s + max(all_products(node) / rates.products_per_s, moved_s) + fresh_s(written, rates)
 
 
 def _read_cost(operand: fx.Node, axes: GraphAxes, rates: Rates) -> ReadCost:

@@ -50,8 +50,8 @@ def _headline(plan: Plan) -> Text:
     text = Text(f"activations: {eager}")
     text.append(f"{bytes_text(plan.projected_peak_bytes)} projected", style="bold")
     text.append(f" ({bytes_text(plan.allowed_bytes)} allowed, floor {bytes_text(plan.floor_bytes)}); ")
-    text.append(f"{len(plan.groups)} groups, {plan.trips} chunk trips; run whole {seconds_text(plan.whole_s)}, ")
-    text.append(f"loops {seconds_text(plan.extra_s, signed=True)} (projected)")
+    text.append(f"{len(plan.groups)} groups, {plan.trips} chunk trips; eager {seconds_text(plan.eager_s)}, ")
+    text.append(f"run whole {seconds_text(plan.whole_s)}, loops {seconds_text(plan.extra_s, signed=True)} (projected)")
     return text
 
 

@@ -18,7 +18,7 @@ from fmecompile.graph.plan_json import decoded, parsed
 if TYPE_CHECKING:
     from fmecompile.runtime.measure import Measurement
 
-FORMAT = 5
+FORMAT = 6
 
 
 RUNNING, RESULT, OPERAND, WAITING, SMALLER = "running", "result", "operand", "waiting", "smaller"
@@ -138,8 +138,9 @@ class Plan:
     of the search, ``projected_peak_bytes`` what the compiled program holds at most, ``floor_bytes`` the least peak that
     was found at any number of trips. ``recomputed`` names the moments of GroupNorms whose operands are made twice,
     ``spilled`` the values that wait in host memory, each with the call from which on it is read back;
-    ``joined`` the GroupNorms outside loops that run whole. ``whole_s`` is how long all operators take run whole,
-    projected at measured or assumed rates of the device: where they are measured, and no other program is running.
+    ``joined`` the GroupNorms outside loops that run whole. ``eager_s`` is how long the unmodified module
+    takes, ``whole_s`` how long all operators of the rewritten graph take run whole, projected at measured or assumed
+    rates of the device: where they are measured, and no other program is running.
 
     ``timeline`` has an entry a call of the compiled program, a loop being one; ``durations_s`` is how long each takes,
     projected. ``eager_timeline`` has the maxima of equal stretches, and ``eager_bands`` tells which module each of its
@@ -163,6 +164,7 @@ class Plan:
     spilled: tuple[tuple[str, str], ...] = ()
     joined: tuple[str, ...] = ()
     whole_s: float = 0.0
+    eager_s: float = 0.0
     transfer: Transfer | None = None
     durations_s: tuple[float, ...] = ()
     eager_bands: tuple[tuple[str, int], ...] = ()
@@ -184,6 +186,11 @@ class Plan:
     def extra_s(self) -> float:
         """By how much the loops are slower than their operators run whole, projected; what caches save is not in it."""
         return sum(group.extra_s for group in self.groups)
+
+    @property
+    def projected_s(self) -> float:
+        """How long a call takes."""
+        return self.whole_s + self.extra_s
 
     @property
     def bands(self) -> tuple[tuple[str, int], ...]:
@@ -234,8 +241,8 @@ class Plan:
             f"activations: {eager}{self.projected_peak_bytes / gib:.3f} GiB projected "
             f"({self.allowed_bytes / gib:.3f} allowed, floor {self.floor_bytes / gib:.3f}); "
             f"weights {self.weight_bytes / gib:.3f} GiB, inputs {self.input_bytes / gib:.3f} GiB",
-            f"{len(self.groups)} groups, {self.trips} chunk trips; run whole {self.whole_s:.3f} s, loops "
-            f"{self.extra_s:+.3f} s (projected)",
+            f"{len(self.groups)} groups, {self.trips} chunk trips; eager {self.eager_s:.3f} s, run whole "
+            f"{self.whole_s:.3f} s, loops {self.extra_s:+.3f} s (projected)",
             *([f"{self.pipelined} groups are pipelined: their trips overlap"] if self.pipelined else []),
             *([f"{len(self.recomputed)} values are made twice"] if self.recomputed else []),
             *([f"{len(self.spilled)} values wait in host memory: {self.transfer}"] if self.transfer else []),

@@ -16,9 +16,11 @@ from math import ceil, prod
 from typing import NamedTuple
 
 from fmecompile.analysis.axes import GraphAxes
+from fmecompile.analysis.cost import fresh_s
 from fmecompile.partition.nests import MAX_REACH, MAX_TRIPS, Nest, nests, role_of
 from fmecompile.partition.region import Region
 from fmecompile.runtime.host import to_device, to_host
+from fmecompile.runtime.rates import KEPT_BYTES
 
 TRIP_CALLS = 6
 """Slicing what a trip reads and writing what it makes cost about as much time as so many calls."""
@@ -36,9 +38,10 @@ class Candidate:
     join again. Once a chunk size was built, ``known`` has what its trips hold, and ``scale`` by how much the estimate
     was short.
 
-    Of time, ``fixed_s`` is what every trip costs however few rows it has, ``sliced_s`` what all trips share,
-    ``beside_s`` what the loop costs once, and ``whole_s`` what the operators cost run whole, by the parts. ``issue_s``
-    is what the host takes to ask for one trip, while the device works.
+    Of time, ``fixed_s`` is what every trip costs however few rows it has, ``sliced_s`` what all trips share, and
+    ``fresh_s`` what they share unless each holds little enough to be kept by the allocator; ``beside_s`` what the loop
+    costs once, and ``whole_s`` what the operators cost run whole, by the parts. ``issue_s`` is what the host takes to
+    ask for one trip, while the device works.
     """
 
     start: int
@@ -54,6 +57,7 @@ class Candidate:
     joins: int = 0
     fixed_s: float = 0.0
     sliced_s: float = 0.0
+    fresh_s: float = 0.0
     beside_s: float = 0.0
     whole_s: float = 0.0
     issue_s: float = 0.0
@@ -109,7 +113,8 @@ class Candidate:
 
     def trips_s(self, trips: int, chunk: int) -> float:
         """Seconds in which the device runs all trips, one after another."""
-        return trips * self.fixed_s + (1 + self.halo_rows / chunk) * self.sliced_s
+        fresh_s = self.fresh_s if self.fresh_s and self.trip_bytes(chunk) >= KEPT_BYTES else 0.0
+        return trips * self.fixed_s + (1 + self.halo_rows / chunk) * self.sliced_s + fresh_s
 
 
 def plain(region: Region, start: int, stop: int) -> Candidate:
@@ -200,7 +205,7 @@ class _Trip:
         self.outer_trips = 1
         self.fixed_s = TRIP_CALLS * region.rates.call_s
         self.issue_s = TRIP_CALLS * region.rates.issue_s
-        self.sliced_s = self.whole_s = 0.0
+        self.sliced_s = self.whole_s = self.fresh_s = 0.0
         for atom in nest[:-1]:
             self.outer_trips *= region.sizes[atom]
 
@@ -244,10 +249,12 @@ class _Trip:
 
     def _note_cost(self, p: int) -> None:
         """What the trips spend on a call; what does not carry the innermost atom is done again by each."""
-        fixed, sliced = self.region.costs[p].split(self.atoms)
+        cost = self.region.costs[p]
+        fixed, sliced = cost.split(self.atoms)
         missing = self.atoms - self.region.carries[p]
         again = prod(self.region.sizes[atom] for atom in missing - {self.inner})
-        self.whole_s += fixed + sliced
+        self.whole_s += fixed + sliced + cost.fresh_s
+        self.fresh_s += cost.fresh_s
         self.fixed_s += fixed
         self.issue_s += self.region.rates.issue_s
         if self.inner in missing:
@@ -295,15 +302,16 @@ class _Trip:
         region = self.region
         outs = [r for r in self.share if region.last[r] >= stop]
         free = [region.nbytes[r] for r in self.dying if self._is_free(r)]
-        taken = 0
+        made = list(outs)
         for r in outs:
             if region.nbytes[r] in free and self._whole_nest(r):
                 free.remove(region.nbytes[r])
-                taken += region.nbytes[r]
-        held = region.live[self.start] + self.hoisted + sum(region.nbytes[r] for r in outs) - taken
+                made.remove(r)
+        held = region.live[self.start] + self.hoisted + sum(region.nbytes[r] for r in made)
         rows = self.deepest / self.size
         makes = self.made.at(rows)
         written_s = sum(region.nbytes[r] for r in outs) * 2 / region.rates.bytes_per_s
+        mapped_s = sum(fresh_s(region.nbytes[r], region.rates) for r in made)
         return Candidate(
             self.start,
             stop,
@@ -316,7 +324,8 @@ class _Trip:
             halo_rows=(makes[0] - self.made.fixed) * self.size / makes[1] if self.deepest else 0.0,
             fixed_s=self.fixed_s,
             sliced_s=self.sliced_s,
-            beside_s=written_s,
+            fresh_s=self.fresh_s,
+            beside_s=written_s + mapped_s,
             whole_s=self.whole_s,
             issue_s=self.issue_s,
         )

@@ -7,15 +7,19 @@ operators run whole.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
 
 from fmecompile.partition.candidates import Candidate
+from fmecompile.runtime.rates import KEPT_BYTES
 
 KNEE = 1.03
 """The default plan is the fastest one within 3 % of the least peak,"""
-MAX_LOSS = 0.05
-"""unless its loops cost a larger share of the time than this: then it may hold as much more as it takes."""
+MAX_LOSS = 0.02
+"""unless a call takes longer than eager's by a larger share than this: then it may hold as much more as it takes."""
+SMALL_LOSS, UNNOTICED_S = 0.05, 1e-3
+"""The share that a small module may lose, as long as it is less than a millisecond a call."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,10 @@ class Choice:
     @property
     def peak_bytes(self) -> int:
         return self.candidate.peak_bytes(self.chunk)
+
+    @property
+    def extra_s(self) -> float:
+        return self.candidate.extra_s(self.trips, self.chunk)
 
 
 def cheapest(by_stop: dict[int, list[Candidate]], stops: list[int], allowed_bytes: float) -> list[Choice] | None:
@@ -52,22 +60,25 @@ def _sweep(
             before = best.get(candidate.start)
             if before is None or (found is not None and before[0] >= found[0]):
                 continue
-            choice = _choose(candidate, allowed_bytes)
-            if choice is None:
-                continue
-            cost = before[0] + candidate.extra_s(choice.trips, choice.chunk)
-            if found is None or cost < found[0]:
-                found = (cost, choice)
+            for choice in _choices(candidate, allowed_bytes):
+                cost = before[0] + choice.extra_s
+                if found is None or cost < found[0]:
+                    found = (cost, choice)
         if found is not None:
             best[stop] = found
     return best
 
 
-def _choose(candidate: Candidate, allowed_bytes: float) -> Choice | None:
+def _choices(candidate: Candidate, allowed_bytes: float) -> Iterator[Choice]:
+    """Run whole; or in the fewest trips there is room for, and in the fewest whose memory the allocator keeps."""
     if not candidate.nest:
-        return Choice(candidate, 0, 0) if candidate.base_bytes <= allowed_bytes else None
-    fit = candidate.fit(allowed_bytes)
-    return Choice(candidate, fit[1], fit[0]) if fit else None
+        if candidate.base_bytes <= allowed_bytes:
+            yield Choice(candidate, 0, 0)
+        return
+    kept_bytes = candidate.base_bytes + KEPT_BYTES - 1
+    for limit in (allowed_bytes, kept_bytes) if candidate.fresh_s and kept_bytes < allowed_bytes else (allowed_bytes,):
+        if fit := candidate.fit(limit):
+            yield Choice(candidate, fit[1], fit[0])
 
 
 def _trace(best: dict[int, tuple[float, Choice | None]], end: int) -> list[Choice] | None:
@@ -85,7 +96,7 @@ def _trace(best: dict[int, tuple[float, Choice | None]], end: int) -> list[Choic
 
 def extra_s(plan: list[Choice]) -> float:
     """By how much the loops of a plan are slower than its operators run whole."""
-    return sum(choice.candidate.extra_s(choice.trips, choice.chunk) for choice in plan)
+    return sum(choice.extra_s for choice in plan)
 
 
 def knee(by_stop: dict[int, list[Candidate]], stops: list[int], floor: float, most_s: float) -> float:

@@ -74,6 +74,7 @@ class Sheet:
             ("Groups", str(len(plan.groups))),
             ("Chunk trips", str(plan.trips)),
             ("Pipelined groups", str(plan.pipelined)),
+            ("Time eager, projected", seconds_text(plan.eager_s)),
             ("Time run whole, projected", seconds_text(plan.whole_s)),
             ("Loops add, projected", seconds_text(plan.extra_s, signed=True)),
         ]

@@ -21,6 +21,11 @@ from fmecompile.config import cache_folder, may_measure, write_whole
 ASSUMED_BYTES_PER_S = 20e9
 """Pinned host memory over PCIe 4 with 16 lanes, one direction."""
 
+KEPT_BYTES = 32 << 20
+"""Host memory of smaller values is kept by malloc when they are freed, for later ones. That of larger values goes back
+to the system, and every page of the next one is mapped and cleared when it is first written (glibc, mallopt(3):
+M_MMAP_THRESHOLD grows up to 4 MiB times the size of a long)."""
+
 _COPY_BYTES, _SIZE, _FEW_ROWS, _SMALL_CALLS = 256 << 20, 4096, 16, 200
 _RUNS, _TRIED_S = 5, 0.1
 
@@ -29,13 +34,15 @@ _RUNS, _TRIED_S = 5, 0.1
 class Rates:
     """What a device does in a second: ``products_per_s`` multiply-adds in matrix products of one dtype, ``bytes_per_s``
     read or written in its memory, and ``weight_bytes_per_s`` of the weights of products with few rows, which a CPU
-    brings into another order first. ``call_s`` is what a call costs however small it is; ``issue_s`` what the host
-    takes to ask for it while the device works on earlier ones, 0 where the host is the device."""
+    brings into another order first. ``call_s`` is what a call costs however small it is, and ``fresh_s`` what a byte of
+    a result of ``KEPT_BYTES`` costs beyond being written; ``issue_s`` what the host takes to ask for a call while the
+    device works on earlier ones, 0 where the host is the device."""
 
     products_per_s: float
     bytes_per_s: float
     weight_bytes_per_s: float
     call_s: float
+    fresh_s: float
     issue_s: float = 0.0
     is_measured: bool = False
 
@@ -43,14 +50,15 @@ class Rates:
     def is_usable(self) -> bool:
         """Whether these are rates, and not what somebody made of the file."""
         rates = (self.products_per_s, self.bytes_per_s, self.weight_bytes_per_s)
-        return all(0 < rate < inf for rate in rates) and all(0 <= spent < inf for spent in (self.call_s, self.issue_s))
+        spent = (self.call_s, self.fresh_s, self.issue_s)
+        return all(0 < rate < inf for rate in rates) and all(0 <= seconds < inf for seconds in spent)
 
 
 _KERNEL_S = 2e-6
 """What the smallest kernel takes on a GPU, whatever it is asked from."""
 ASSUMED = {
-    "cuda": Rates(20e12, 600e9, 600e9, _KERNEL_S, 8e-6),  # half precision on a recent consumer GPU
-    "cpu": Rates(80e9, 25e9, 8e9, 2e-6),  # float32 on two cores with AVX-512
+    "cuda": Rates(20e12, 600e9, 600e9, _KERNEL_S, 0.0, 8e-6),  # half precision on a recent consumer GPU
+    "cpu": Rates(80e9, 25e9, 8e9, 2e-6, 0.5e-9),  # float32 on two cores with AVX-512
 }
 """For devices that cannot be asked, by type; others are taken for a GPU."""
 
@@ -123,11 +131,12 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
             value = torch.ops.aten.add.Tensor(value, small)
 
     products = size**3 / _seconds(lambda: factor @ factor, device)
-    moved = 2 * _COPY_BYTES / _seconds(lambda: target.copy_(source), device)
+    copy = _seconds(lambda: target.copy_(source), device)
+    fresh = 0.0 if is_gpu else max(_seconds(source.clone, device) - copy, 0.0) / _COPY_BYTES
     weights = weight.nbytes / _seconds(lambda: torch.nn.functional.linear(rows, weight), device)
     call = _seconds(calls, device) / _SMALL_CALLS
-    beside = (_KERNEL_S, call) if is_gpu else (call, 0.0)
-    return Rates(products, moved, weights, *beside, is_measured=True)
+    call, issue = (_KERNEL_S, call) if is_gpu else (call, 0.0)
+    return Rates(products, 2 * _COPY_BYTES / copy, weights, call, fresh, issue, is_measured=True)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import json, sys, threading
 from dataclasses import asdict
 from fmecompile.runtime import rates
 path, name = rates.cache_folder() / "rates.json", sys.argv[1]
-one = asdict(rates.Rates(1e9, 1e9, 1e9, 1e-6))
+one = asdict(rates.Rates(1e9, 1e9, 1e9, 1e-6, 0.0))
 def write(thread):
     for k in range(int(sys.argv[2])):
         rates._write(path, rates._read(path) | {f"{name} {thread} {k % 7} " + "x" * 3000: one})
@@ -77,11 +78,11 @@ def test_processes_measure_and_save_plans_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "nonsense", '{"cpu": 3}', '{"cpu": {"products_per_s": 0}}', "{" * 3000,
-     *(json.dumps({"KEY": {"products_per_s": value, "bytes_per_s": 1e9, "weight_bytes_per_s": 1e9, "call_s": 1e-6}})
+     *(json.dumps({"KEY": asdict(rates.Rates(1e9, 1e9, 1e9, 1e-6, 0.0)) | {"products_per_s": value}})
        for value in (0, -1.0, "fast", None, [1], float("nan")))],
 )  # fmt: skip
 def test_damaged_rates_are_measured_again(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = rates.Rates(1e9, 1e9, 1e9, 1e-6, is_measured=True)
+    found = rates.Rates(1e9, 1e9, 1e9, 1e-6, 0.0, is_measured=True)
     monkeypatch.setenv("FMECOMPILE_CACHE", str(tmp_path))
     monkeypatch.setattr(rates, "_measure", lambda device, dtype: found)
     device, dtype = torch.device("cpu"), torch.float64
