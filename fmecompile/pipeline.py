@@ -40,6 +40,7 @@ from fmecompile.graph.program import Coefficient, Constant, Input, Kept, Literal
 from fmecompile.graph.specs import TensorSpec, node_spec
 from fmecompile.graph.structure import structure
 from fmecompile.partition.decide import describe, durations, replay
+from fmecompile.partition.search import Eager
 from fmecompile.partition.tradeoffs import Limits, Prepared, prepare, replayed
 from fmecompile.passes.accept_strides import AcceptStrides
 from fmecompile.passes.chunk_loops import ChunkLoops
@@ -261,7 +262,7 @@ def lower(
         answer = replay(prepared.partitioner, usable[0])
     else:
         prepared = prepare(program, facts, limits)
-        answer = prepared.partitioner.search(limit_bytes, compilation.eager_s)
+        answer = prepared.partitioner.search(limit_bytes, Eager(compilation.eager_s, compilation.weight_bytes or 0))
         room = answer.allowed_bytes - (STREAM_BYTES if limit_bytes is not None else 0)
         answer = PipelineChunks(room).apply(prepared.partitioner, answer)
     compilation.program, partitioner = prepared.program, prepared.partitioner

@@ -27,10 +27,8 @@ from fmecompile.partition.nests import MAX_TRIPS
 from fmecompile.partition.region import Region, region
 from fmecompile.partition.search import (
     KNEE,
-    MAX_LOSS,
-    SMALL_LOSS,
-    UNNOTICED_S,
     Choice,
+    Eager,
     cheapest,
     knee,
     least_limit,
@@ -38,6 +36,7 @@ from fmecompile.partition.search import (
 )
 
 MAX_ROUNDS = 12
+NO_EAGER = Eager()
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,9 @@ class Partitioner:
         self.max_trips = max_trips
         self.builder = Builder(self.region, self.storages, self.axes, facts)
 
-    def search(self, limit_bytes: int | None = None, eager_s: float = 0.0) -> Answer:
+    def search(self, limit_bytes: int | None = None, eager: Eager = NO_EAGER) -> Answer:
         """The fastest plan that holds at most ``limit_bytes``; by default near the least peak (the knee), and hardly
-        slower than ``eager_s``, or than all operators run whole where they are slower themselves.
+        slower than ``eager``, or than all operators run whole where those are slower themselves.
 
         Raises BudgetInfeasible when every plan holds more; its ``floor_bytes`` are what the best one holds.
         """
@@ -90,7 +89,7 @@ class Partitioner:
             floor = self.floor_bytes()
             if limit_bytes is not None and floor > limit_bytes:
                 raise BudgetInfeasible(floor, limit_bytes)
-            allowed = self._knee(floor, eager_s) if limit_bytes is None else limit_bytes
+            allowed = self._knee(floor, eager) if limit_bytes is None else limit_bytes
             plan = cheapest(self.table, self._stops, allowed)
             assert plan is not None
             if all(self._exact(choice) <= allowed for choice in plan if choice.trips):
@@ -99,13 +98,11 @@ class Partitioner:
         joined = tuple(name for candidate in whole for name in self._joined(candidate))
         return Answer(tuple(self._chosen(c) for c in plan if c.trips), floor, int(allowed), joined)
 
-    def _knee(self, floor: int, eager_s: float) -> float:
+    def _knee(self, floor: int, eager: Eager) -> float:
         """The limit of the default plan."""
         if min_trip_bytes() is not None:
             return floor * KNEE
-        whole_s = self.region.whole_s
-        loss_s = max(MAX_LOSS * whole_s, min(SMALL_LOSS * whole_s, UNNOTICED_S))
-        return knee(self.table, self._stops, floor, loss_s + max(eager_s - whole_s, 0.0))
+        return knee(self.table, self._stops, floor, self.region.whole_s, eager)
 
     def _joined(self, candidate: Candidate) -> Iterator[str]:
         """The last parts of GroupNorms that lie within operators run whole."""

@@ -18,8 +18,22 @@ KNEE = 1.03
 """The default plan is the fastest one within 3 % of the least peak,"""
 MAX_LOSS = 0.02
 """unless a call takes longer than eager's by a larger share than this: then it may hold as much more as it takes."""
-SMALL_LOSS, UNNOTICED_S = 0.05, 1e-3
-"""The share that a small module may lose, as long as it is less than a millisecond a call."""
+MORE_LOSS = 0.03
+"""The share that it may lose beyond, where activations are all that is held; in proportion where weights are too."""
+
+
+@dataclass(frozen=True)
+class Eager:
+    """The unmodified module: how long a call takes, projected, and what its weights hold."""
+
+    seconds: float = 0.0
+    weight_bytes: int = 0
+
+    def most_s(self, whole_s: float, limit_bytes: float) -> float:
+        """Seconds beyond ``whole_s``, what all operators of the rewritten graph take, that a default plan may take that
+        holds ``limit_bytes``. The more of all bytes those are, the more it is worth to have fewer."""
+        share = limit_bytes / max(limit_bytes + self.weight_bytes, 1)
+        return (MAX_LOSS + MORE_LOSS * share) * whole_s + max(self.seconds - whole_s, 0.0)
 
 
 @dataclass(frozen=True)
@@ -99,14 +113,14 @@ def extra_s(plan: list[Choice]) -> float:
     return sum(choice.extra_s for choice in plan)
 
 
-def knee(by_stop: dict[int, list[Candidate]], stops: list[int], floor: float, most_s: float) -> float:
-    """The limit of the default plan in bytes: near ``floor``, or the least whose plan loses at most ``most_s``."""
+def knee(by_stop: dict[int, list[Candidate]], stops: list[int], floor: float, whole_s: float, eager: Eager) -> float:
+    """The limit of the default plan in bytes: near ``floor``, or the least whose plan does not lose too much time."""
     low, high = KNEE * floor, _whole_bytes(by_stop)
-    if low >= high or _loss_s(by_stop, stops, low) <= most_s:
+    if low >= high or _loss_s(by_stop, stops, low) <= eager.most_s(whole_s, low):
         return low
     while high - low > 0.02 * high:
         middle = (low + high) / 2
-        if _loss_s(by_stop, stops, middle) <= most_s:
+        if _loss_s(by_stop, stops, middle) <= eager.most_s(whole_s, middle):
             high = middle
         else:
             low = middle
