@@ -20,7 +20,7 @@ from fmecompile.capture.export import capture
 from fmecompile.graph.program import compute_nodes
 from fmecompile.partition.candidates import Candidate
 from fmecompile.partition.partition import Partitioner
-from fmecompile.partition.search import KNEE, MAX_LOSS, MORE_LOSS, Eager, _choices
+from fmecompile.partition.search import KNEE, MAX_LOSS, MORE_LOSS, Eager, _choices, cheapest
 from fmecompile.pipeline import Compilation, normalise
 from fmecompile.runtime import rates
 from fmecompile.runtime.rates import ASSUMED, KEPT_BYTES, Rates, rates_of
@@ -152,6 +152,21 @@ def test_memory_of_large_results_comes_from_the_system(rows: int, is_fresh: bool
     choices = list(_choices(loop, 2 * loop.peak_bytes(rows)))
     assert choices[0].chunk == rows
     assert [c.peak_bytes - loop.base_bytes < KEPT_BYTES for c in choices[1:]] == [True] * is_fresh
+
+
+def test_the_search_finds_loops_that_save_time() -> None:
+    """One over everything saves more than one over a part, though behind that part nothing is left to save."""
+    module, x = Layer().requires_grad_(False), torch.empty(KEPT_BYTES // 1024, 64)
+    compilation = Compilation(capture(module, (x,), {}))
+    normalise(compilation)
+    partitioner = Partitioner(compilation.program, FactTable())
+    table, n = partitioner.table, len(partitioner.region.nodes)
+    best = min(c.extra_s for found in table.values() for one in found for c in _choices(one, 2**50))
+    (whole,) = (c for c in table[n] if c.start == 0 and c.nest)
+    assert best == min(c.extra_s for c in _choices(whole, 2**50)) < 0
+    for found in (table, {stop: found[::-1] for stop, found in table.items()}):
+        plan = cheapest(found, partitioner._stops, 2**50)
+        assert plan is not None and sum(c.extra_s for c in plan) == pytest.approx(best)
 
 
 def test_the_default_plan_may_take_as_long_as_eager(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,8 +72,8 @@ def _sweep(
         found: tuple[float, Choice | None] | None = None
         for candidate in by_stop.get(stop, ()):
             before = best.get(candidate.start)
-            if before is None or (found is not None and before[0] >= found[0]):
-                continue
+            if before is None or (found is not None and before[0] - candidate.fresh_s >= found[0]):
+                continue  # a loop saves no more than that
             for choice in _choices(candidate, allowed_bytes):
                 cost = before[0] + choice.extra_s
                 if found is None or cost < found[0]:
