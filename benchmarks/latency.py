@@ -102,7 +102,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     chosen = [CASES[options.only]] if options.only else list(CASES.values())
-    rows = [row(*case, options.pairs) for cases in chosen for case in cases()]
+    rows = []
+    for cases in chosen:
+        for case in cases():
+            rows.append(row(*case, options.pairs))
+            print(table(rows[-1:]), flush=True)
     print(table(rows))
     print(save("latency", "python -m benchmarks.latency", rows))
 

@@ -262,7 +262,8 @@ def lower(
         answer = replay(prepared.partitioner, usable[0])
     else:
         prepared = prepare(program, facts, limits)
-        answer = prepared.partitioner.search(limit_bytes, Eager(compilation.eager_s, compilation.weight_bytes or 0))
+        eager = Eager(compilation.eager_s, compilation.weight_bytes or 0, compilation.fuse is not None)
+        answer = prepared.partitioner.search(limit_bytes, eager)
         room = answer.allowed_bytes - (STREAM_BYTES if limit_bytes is not None else 0)
         answer = PipelineChunks(room).apply(prepared.partitioner, answer)
     compilation.program, partitioner = prepared.program, prepared.partitioner

@@ -17,23 +17,31 @@ from fmecompile.runtime.rates import KEPT_BYTES
 KNEE = 1.03
 """The default plan is the fastest one within 3 % of the least peak,"""
 MAX_LOSS = 0.02
-"""unless a call takes longer than eager's by a larger share than this: then it may hold as much more as it takes."""
+"""unless a call takes longer than eager's, less what loops save at best, by a larger share than this: then it may hold
+as much more as it takes."""
 MORE_LOSS = 0.03
 """The share that it may lose beyond, where activations are all that is held; in proportion where weights are too."""
+FUSED_LOSS = 0.01
+"""The share in the place of the first one where what it is compared with is compiled too, and so faster than eager."""
 
 
 @dataclass(frozen=True)
 class Eager:
-    """The unmodified module: how long a call takes, projected, and what its weights hold."""
+    """What a plan is compared with, the unmodified module: how long a call takes, projected, and what its weights hold.
+    ``is_fused`` where it would be compiled otherwise, so that what rewrites save is saved there too."""
 
     seconds: float = 0.0
     weight_bytes: int = 0
+    is_fused: bool = False
 
-    def most_s(self, whole_s: float, limit_bytes: float) -> float:
+    def most_s(self, whole_s: float, limit_bytes: float, fastest_s: float = 0.0) -> float:
         """Seconds beyond ``whole_s``, what all operators of the rewritten graph take, that a default plan may take that
-        holds ``limit_bytes``. The more of all bytes those are, the more it is worth to have fewer."""
+        holds ``limit_bytes``. The more of all bytes those are, the more it is worth to have fewer. What loops save at
+        best (``fastest_s``, not above 0) is not there to be lost."""
         share = limit_bytes / max(limit_bytes + self.weight_bytes, 1)
-        return (MAX_LOSS + MORE_LOSS * share) * whole_s + max(self.seconds - whole_s, 0.0)
+        loss = (FUSED_LOSS if self.is_fused else MAX_LOSS) + MORE_LOSS * share
+        spare_s = 0.0 if self.is_fused else max(self.seconds - whole_s, 0.0)
+        return loss * whole_s + spare_s + fastest_s
 
 
 @dataclass(frozen=True)
@@ -116,11 +124,12 @@ def extra_s(plan: list[Choice]) -> float:
 def knee(by_stop: dict[int, list[Candidate]], stops: list[int], floor: float, whole_s: float, eager: Eager) -> float:
     """The limit of the default plan in bytes: near ``floor``, or the least whose plan does not lose too much time."""
     low, high = KNEE * floor, _whole_bytes(by_stop)
-    if low >= high or _loss_s(by_stop, stops, low) <= eager.most_s(whole_s, low):
+    fastest_s = _loss_s(by_stop, stops, max(low, high))
+    if low >= high or _loss_s(by_stop, stops, low) <= eager.most_s(whole_s, low, fastest_s):
         return low
     while high - low > 0.02 * high:
         middle = (low + high) / 2
-        if _loss_s(by_stop, stops, middle) <= eager.most_s(whole_s, middle):
+        if _loss_s(by_stop, stops, middle) <= eager.most_s(whole_s, middle, fastest_s):
             high = middle
         else:
             low = middle
