@@ -111,7 +111,7 @@ def main() -> None:
         return
     rows = [row(word, options.rounds) for word in ([options.only] if options.only else ["SVD", "AnimateDiff"])]
     print(table(rows))
-    print(save("inductor", "python -m benchmarks.inductor", rows))
+    print(save("inductor", "python -m benchmarks.inductor", rows, is_part=options.only is not None))
 
 
 if __name__ == "__main__":

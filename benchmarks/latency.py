@@ -108,7 +108,7 @@ def main() -> None:
             rows.append(row(*case, options.pairs))
             print(table(rows[-1:]), flush=True)
     print(table(rows))
-    print(save("latency", "python -m benchmarks.latency", rows))
+    print(save("latency", "python -m benchmarks.latency", rows, is_part=options.only is not None))
 
 
 if __name__ == "__main__":

@@ -29,10 +29,16 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(name: str, command: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
-    """Write ``benchmarks/results/<name>.json``, or into another folder."""
+def save(name: str, command: str, rows: list[dict[str, Any]], folder: Path = RESULTS, *, is_part: bool = False) -> Path:
+    """Write ``benchmarks/results/<name>.json``, or into another folder. Where ``rows`` are a part of the cases, the
+    rest stays as it was; ``date`` tells when each was measured, unless all were with the record."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
+    if is_part and path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        dated = {row["case"]: {"date": known["date"], **row} for row in known["rows"]}
+        dated |= {row["case"]: {**row, "date": machine()["date"]} for row in rows}
+        rows = list(dated.values())
     path.write_text(json.dumps({"command": command, **machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return path
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import report
 from benchmarks.peers import command, main
 from benchmarks.peers.command import Job, merged
 from benchmarks.peers.measuring import allocated, answer, held, interleaved, reduced
@@ -202,3 +203,18 @@ def test_the_quick_run_answers_every_row(measurement: str, tmp_path: Path) -> No
     for row in rows:
         if row["method"].startswith("fmecompile") and "inductor" not in row["method"]:
             assert "refused" not in row, row
+
+
+def test_a_part_of_a_record_leaves_the_rest(tmp_path: Path) -> None:
+    """A case measured alone, and the dates of both."""
+    (tmp_path / "some.json").write_text(
+        json.dumps({"date": "2026-01-02", "rows": [{"case": "a", "s": 1}, {"case": "b", "s": 2}]})
+    )
+    report.save("some", "python -m some", [{"case": "b", "s": 3}], tmp_path, is_part=True)
+    known = json.loads((tmp_path / "some.json").read_text())
+    assert known["rows"] == [
+        {"case": "a", "s": 1, "date": "2026-01-02"},
+        {"case": "b", "s": 3, "date": known["date"]},
+    ]
+    report.save("some", "python -m some", [{"case": "b", "s": 3}], tmp_path)
+    assert json.loads((tmp_path / "some.json").read_text())["rows"] == [{"case": "b", "s": 3}]
