@@ -355,8 +355,7 @@ def finish(compilation: Compilation) -> Compiled:
 
 def pass_name(item: object) -> str:
     """``DropNoops`` -> ``drop-noops``."""
-    name = type(item).__name__
-    return "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
+    return "".join(f"-{c.lower()}" if c.isupper() else c for c in type(item).__name__).lstrip("-")
 
 
 def _slot(binding: object, program: Program) -> Slot:
