@@ -69,9 +69,9 @@ def row(name: str, module: nn.Module, inputs: Any, pairs: int) -> dict[str, Any]
     return {
         "case": name,
         "eager s": statistics.median(seconds),
-        "projected eager s": plan.whole_s,
+        "projected eager s": plan.eager_s,
         "optimized / eager": statistics.median(ratios),
-        "projected": 1 + plan.extra_s / plan.whole_s,
+        "projected": plan.projected_s / plan.eager_s,
         "least": min(ratios),
         "most": max(ratios),
         "eager MiB": eager / 2**20,

@@ -262,8 +262,7 @@ def lower(
         answer = replay(prepared.partitioner, usable[0])
     else:
         prepared = prepare(program, facts, limits)
-        eager = Eager(compilation.eager_s, compilation.weight_bytes or 0, compilation.fuse is not None)
-        answer = prepared.partitioner.search(limit_bytes, eager)
+        answer = prepared.partitioner.search(limit_bytes, Eager(compilation.eager_s, compilation.weight_bytes or 0))
         room = answer.allowed_bytes - (STREAM_BYTES if limit_bytes is not None else 0)
         answer = PipelineChunks(room).apply(prepared.partitioner, answer)
     compilation.program, partitioner = prepared.program, prepared.partitioner
@@ -355,7 +354,8 @@ def finish(compilation: Compilation) -> Compiled:
 
 def pass_name(item: object) -> str:
     """``DropNoops`` -> ``drop-noops``."""
-    return "".join(f"-{c.lower()}" if c.isupper() else c for c in type(item).__name__).lstrip("-")
+    name = type(item).__name__
+    return "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
 
 
 def _slot(binding: object, program: Program) -> Slot:

@@ -21,27 +21,21 @@ MAX_LOSS = 0.02
 as much more as it takes."""
 MORE_LOSS = 0.03
 """The share that it may lose beyond, where activations are all that is held; in proportion where weights are too."""
-FUSED_LOSS = 0.01
-"""The share in the place of the first one where what it is compared with is compiled too, and so faster than eager."""
 
 
 @dataclass(frozen=True)
 class Eager:
-    """What a plan is compared with, the unmodified module: how long a call takes, projected, and what its weights hold.
-    ``is_fused`` where it would be compiled otherwise, so that what rewrites save is saved there too."""
+    """The unmodified module: how long a call takes, projected, and what its weights hold."""
 
     seconds: float = 0.0
     weight_bytes: int = 0
-    is_fused: bool = False
 
     def most_s(self, whole_s: float, limit_bytes: float, fastest_s: float = 0.0) -> float:
         """Seconds beyond ``whole_s``, what all operators of the rewritten graph take, that a default plan may take that
         holds ``limit_bytes``. The more of all bytes those are, the more it is worth to have fewer. What loops save at
         best (``fastest_s``, not above 0) is not there to be lost."""
         share = limit_bytes / max(limit_bytes + self.weight_bytes, 1)
-        loss = (FUSED_LOSS if self.is_fused else MAX_LOSS) + MORE_LOSS * share
-        spare_s = 0.0 if self.is_fused else max(self.seconds - whole_s, 0.0)
-        return loss * whole_s + spare_s + fastest_s
+        return (MAX_LOSS + MORE_LOSS * share) * whole_s + max(self.seconds - whole_s, 0.0) + fastest_s
 
 
 @dataclass(frozen=True)
