@@ -258,10 +258,10 @@ def lower(
     key = _key(program)
     usable = [p for p in saved if p.key == key and _meets(p, limits)]
     if usable:
-        prepared = replayed(program, facts, usable[0].recomputed, usable[0].spilled)
+        prepared = replayed(program, facts, usable[0], may_write_over=compilation.fuse is None)
         answer = replay(prepared.partitioner, usable[0])
     else:
-        prepared = prepare(program, facts, limits)
+        prepared = prepare(program, facts, limits, may_write_over=compilation.fuse is None)
         answer = prepared.partitioner.search(limit_bytes, Eager(compilation.eager_s, compilation.weight_bytes or 0))
         room = answer.allowed_bytes - (STREAM_BYTES if limit_bytes is not None else 0)
         answer = PipelineChunks(room).apply(prepared.partitioner, answer)

@@ -16,11 +16,11 @@ import torch
 from torch import fx
 
 from fmecompile.analysis.facts import FactTable
+from fmecompile.analysis.overwrites import INTO
 from fmecompile.graph import edit
 from fmecompile.graph.group import Group
 from fmecompile.graph.program import compute_nodes
 from fmecompile.graph.specs import tensor_spec
-from fmecompile.passes.write_through import INTO
 
 aten = torch.ops.aten
 
@@ -46,7 +46,7 @@ class ReaderLayout:
 
 
 def _lay_out(body: fx.Graph, facts: FactTable) -> int:
-    found = [(node, strides) for node in compute_nodes(body) if (strides := _wanted(node)) is not None]
+    found = [(node, strides) for node in compute_nodes(body) if (strides := wanted_strides(node)) is not None]
     for node, strides in found:
         spec = tensor_spec(node)
         args = (node.all_input_nodes[0], list(spec.shape), strides)
@@ -57,7 +57,7 @@ def _lay_out(body: fx.Graph, facts: FactTable) -> int:
     return len(found)
 
 
-def _wanted(node: fx.Node) -> list[int] | None:
+def wanted_strides(node: fx.Node) -> list[int] | None:
     """The strides of ``node`` with which what is read of it is contiguous; None where no reader copies it."""
     if node.target not in INTO or tensor_spec(node.all_input_nodes[0]).dtype != tensor_spec(node).dtype:
         return None

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from fmecompile.analysis.facts import FactTable
+from fmecompile.analysis.overwrites import INTO
 from fmecompile.analysis.storages import storages
 from fmecompile.graph import edit
 from fmecompile.graph.group import Group
@@ -24,17 +25,7 @@ from fmecompile.graph.program import Program, compute_nodes
 from fmecompile.graph.specs import TensorSpec, tensor_spec
 from fmecompile.runtime.chunk_loop import Output
 
-aten = torch.ops.aten
-
-INTO: dict[Any, Any] = {
-    aten.add.Tensor: aten.add.out,
-    aten.sub.Tensor: aten.sub.out,
-    aten.mul.Tensor: aten.mul.out,
-    aten.div.Tensor: aten.div.out,
-    aten.silu.default: aten.silu.out,
-    aten.gelu.default: aten.gelu.out,
-}
-"""Calls that compute each element by itself, straight into memory of any layout."""
+_WRITING = {*INTO, *INTO.values()}
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,7 @@ def _sharing(group: Group, output: Output, roots: dict[fx.Node, fx.Node]) -> set
 
 def _can_write(body: fx.Graph, k: int, output: Output, sharing: set[int], facts: FactTable) -> bool:
     value = _values(body)[k]
-    if output.host_of is not None or output.slicing.shape is not None or value.target not in INTO:
+    if output.host_of is not None or output.slicing.shape is not None or value.target not in _WRITING:
         return False
     if len(value.users) > 1 or tensor_spec(value).dtype != output.dtype:
         return False
@@ -104,7 +95,7 @@ def _writing(body: fx.Graph, chosen: Sequence[int], outputs: Sequence[Output]) -
         made = tensor_spec(value)
         spec = TensorSpec(made.shape, outputs[k].stride, made.dtype, made.device)
         into = edit.add_operand(graph, f"into_{k}", spec)
-        edit.retarget(value, INTO[value.target], value.args, {**value.kwargs, "out": into})
+        edit.retarget(value, INTO.get(value.target, value.target), value.args, {**value.kwargs, "out": into})
         values[k] = None
     edit.return_values(graph, tuple(values))
     return graph

@@ -658,6 +658,11 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
     return torch.tanh(h) + h.transpose(1, 2)
 
 
+def norm_and_activation(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """The activation writes over the norm's result, which nothing else reads; the sum leaves the loop."""
+    return F.conv2d(F.silu(F.group_norm(x, 2, w, b)), c) + x
+
+
 def to_sequences(x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
     """Frames, tokens and features to tokens, frames and features."""
     h = (x + 1).permute(1, 0, 2)
@@ -700,6 +705,9 @@ LOOPS: dict[str, LoopCase] = {
     ),
     "over_a_transposed_operand": LoopCase(
         transposed, (noise(3, 4, 4),), (), "tanh", "add", ((0, 0),), 2, folder="write-through"
+    ),
+    "norm_and_activation": LoopCase(
+        norm_and_activation, X4, (*AFFINE, CONV[..., :1, :1]), "group_norm", "add", ((0, 0),), 1, folder="write-over"
     ),
     "frames_to_sequences": LoopCase(
         to_sequences, (noise(3, 4, 6),), (noise(6, seed=1),), "add", "add_1", ((0, 0),), 2, folder="reader-layout"

@@ -26,6 +26,7 @@ from fmecompile.partition.nests import Nest, roles
 from fmecompile.partition.reach import Reach, Rows, reach
 from fmecompile.partition.region import Region
 from fmecompile.passes.fuse_norm import fuse_norms
+from fmecompile.passes.write_over import WriteOver
 from fmecompile.runtime.chunk_loop import LoopAxis, LoopSpec, Output, Slicing
 from fmecompile.runtime.host import to_device, to_host
 
@@ -81,6 +82,7 @@ class Builder:
     storages: Storages
     axes: GraphAxes
     facts: FactTable
+    may_write_over: bool = True
     built: dict[tuple[int, int, Nest, int], Group] = field(default_factory=dict)
 
     def build(self, start: int, stop: int, nest: Nest, chunk: int) -> Group:
@@ -178,6 +180,8 @@ class Builder:
         graph.output(tuple(values))
         edit.drop_dead(graph)
         fuse_norms(graph, self.facts)
+        if self.may_write_over:
+            WriteOver().apply(graph, self.facts)
         nodes = compute_nodes(graph)
         priced = storages(nodes, values, self.facts)
         moments = zip(priced.live_bytes(), priced.nbytes, priced.hidden, strict=False)

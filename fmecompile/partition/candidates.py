@@ -219,7 +219,7 @@ class _Trip:
         self._note_reads(p, role)
         if role:
             self.met |= self.atoms & region.carries[p]
-            own = _NOTHING if self._stays(p) else self._split(p, region.nbytes[p])
+            own = _NOTHING if self._stays(p) or self._writes_over(p) else self._split(p, region.nbytes[p])
             self.held = self.held.plus(own)
             self.made = self.made.plus(own)
             self._note_cost(p)
@@ -245,6 +245,16 @@ class _Trip:
             return False
         root = self.same[p] = self.same.get(moved, moved)
         self.until[root] = max(self.until.get(root, moved), region.last[moved], region.last[p])
+        return True
+
+    def _writes_over(self, p: int) -> bool:
+        """Whether ``p`` writes over a value of the trip, whose memory is its own from there on."""
+        over = self.region.over[p]
+        root = self.same.get(over, over)
+        if root not in self.share:
+            return False
+        self.same[p] = root
+        self.until[root] = self.region.last[p]
         return True
 
     def _note_cost(self, p: int) -> None:

@@ -69,13 +69,19 @@ class Answer:
 class Partitioner:
     """One graph, ready to be partitioned: axes, storages, and the builder of groups."""
 
-    def __init__(self, program: Program, facts: FactTable, max_trips: int = MAX_TRIPS) -> None:
+    def __init__(
+        self, program: Program, facts: FactTable, max_trips: int = MAX_TRIPS, *, may_write_over: bool = True
+    ) -> None:
         nodes = compute_nodes(program.graph)
         self.axes: GraphAxes = propagate(program.graph)
         self.storages: Storages = storages(nodes, program.outputs, facts)
-        self.region: Region = region(self.storages, self.axes, facts)
-        self.max_trips = max_trips
-        self.builder = Builder(self.region, self.storages, self.axes, facts)
+        self.region: Region = region(self.storages, self.axes, facts, may_write_over=may_write_over)
+        self.facts, self.max_trips, self.may_write_over = facts, max_trips, may_write_over
+        self.builder = Builder(self.region, self.storages, self.axes, facts, may_write_over)
+
+    def of(self, program: Program) -> Partitioner:
+        """The partitioner of another program, under the same conditions."""
+        return Partitioner(program, self.facts, self.max_trips, may_write_over=self.may_write_over)
 
     def search(self, limit_bytes: int | None = None, eager: Eager = NO_EAGER) -> Answer:
         """The fastest plan that holds at most ``limit_bytes``; by default near the least peak (the knee), and hardly

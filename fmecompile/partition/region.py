@@ -12,6 +12,7 @@ from torch import fx
 from fmecompile.analysis.axes import GraphAxes, Use
 from fmecompile.analysis.cost import Cost, cost_of, rates_for
 from fmecompile.analysis.facts import FactTable
+from fmecompile.analysis.overwrites import overwrites
 from fmecompile.analysis.storages import Storages
 from fmecompile.graph.specs import TensorSpec, node_spec, specs_in
 from fmecompile.kernels.group_norm import GROUP_NORM_APPLY, GROUP_NORM_MOMENTS
@@ -50,7 +51,7 @@ class Joined(NamedTuple):
 @dataclass(frozen=True)
 class Region:
     """Positions 0..n of a straight-line graph. ``live`` has one entry a boundary, other sequences one a position.
-    ``rates`` are those of the device."""
+    ``over`` has what owns the storage that a call may write over, or -1; ``rates`` are those of the device."""
 
     nodes: tuple[fx.Node, ...]
     sizes: dict[int, int]
@@ -59,6 +60,7 @@ class Region:
     reads: list[tuple[Read, ...]]
     costs: list[Cost]
     owner: list[int]
+    over: list[int]
     nbytes: tuple[int, ...]
     hidden: list[int]
     joined: list[Joined | None]
@@ -79,7 +81,7 @@ class Region:
         return max(self.nbytes, default=0) // 1000
 
 
-def region(storages: Storages, axes: GraphAxes, facts: FactTable) -> Region:
+def region(storages: Storages, axes: GraphAxes, facts: FactTable, *, may_write_over: bool = True) -> Region:
     """Flatten storages and axes into arrays, and find the boundaries."""
     position = storages.position
     nodes = storages.nodes
@@ -97,6 +99,7 @@ def region(storages: Storages, axes: GraphAxes, facts: FactTable) -> Region:
         if storages.roots[node] is node:
             dies[min(last[at], n)].append(at)
     live = storages.live_bytes()
+    over = overwrites(nodes) if may_write_over else {}
     empty: frozenset[int] = frozenset()
     found = Region(
         nodes=nodes,
@@ -106,6 +109,7 @@ def region(storages: Storages, axes: GraphAxes, facts: FactTable) -> Region:
         reads=reads,
         costs=[cost_of(node, axes, rates, is_view=owner[at] != at) for at, node in enumerate(nodes)],
         owner=owner,
+        over=[owner[position[over[node]]] if node in over else -1 for node in nodes],
         nbytes=storages.nbytes,
         hidden=list(storages.hidden),
         joined=_joined(nodes, position, facts),

@@ -14,6 +14,7 @@ from functools import partial
 from fmecompile.analysis.facts import FactTable
 from fmecompile.analysis.storages import storages
 from fmecompile.errors import PlanMismatch
+from fmecompile.graph.plan import Plan
 from fmecompile.graph.program import Program, compute_nodes
 from fmecompile.graph.specs import node_spec
 from fmecompile.operators.contraction import products
@@ -62,14 +63,16 @@ class Prepared:
 Improve = Callable[[Prepared, FactTable], Iterator[Prepared]]
 
 
-def prepare(program: Program, facts: FactTable, limits: Limits) -> Prepared:
+def prepare(program: Program, facts: FactTable, limits: Limits, *, may_write_over: bool = True) -> Prepared:
     """``program``, or a copy of it with values made twice or waiting in host memory, until its floor meets the limit.
 
     Without a limit values are made twice as long as that is cheap. With one that takes more, values are moved to host
-    memory where that is allowed, and made twice at any price where it does not help.
+    memory where that is allowed, and made twice at any price where it does not help. ``may_write_over``: whether calls
+    in loops may write over their operands.
     """
     limit_bytes = limits.activation_bytes
-    best = Prepared(program, Partitioner(program, facts, limits.max_trips))
+    partitioner = Partitioner(program, facts, limits.max_trips, may_write_over=may_write_over)
+    best = Prepared(program, partitioner)
     share = FREE_WORK if limit_bytes is None else CHEAP_WORK
     most = sum(map(products, compute_nodes(program.graph))) * share
     best = _improved(best, facts, limit_bytes, partial(_recomputing, most=most))
@@ -80,13 +83,14 @@ def prepare(program: Program, facts: FactTable, limits: Limits) -> Prepared:
     return _improved(best, facts, limit_bytes, partial(_recomputing, most=None))
 
 
-def replayed(program: Program, facts: FactTable, recomputed: tuple[str, ...], spilled: tuple[Wait, ...]) -> Prepared:
+def replayed(program: Program, facts: FactTable, plan: Plan, *, may_write_over: bool = True) -> Prepared:
     """``program`` as a saved plan left it. Raises PlanMismatch where that is not possible."""
-    Recompute(recomputed).apply(program, facts)
-    for wait in spilled:
+    Recompute(plan.recomputed).apply(program, facts)
+    for wait in plan.spilled:
         _require_movable(program, facts, wait)
         Spill((wait,)).apply(program, facts)
-    return Prepared(program, Partitioner(program, facts), recomputed, spilled)
+    partitioner = Partitioner(program, facts, may_write_over=may_write_over)
+    return Prepared(program, partitioner, plan.recomputed, plan.spilled)
 
 
 def _require_movable(program: Program, facts: FactTable, wait: Wait) -> None:
@@ -122,7 +126,7 @@ def _recomputing(best: Prepared, facts: FactTable, most: float | None) -> Iterat
         names = tuple(chain.moments.name for chain in alike)
         trial = best.program.copy()
         Recompute(names).apply(trial, facts)
-        partitioner = Partitioner(trial, facts, best.partitioner.max_trips)
+        partitioner = best.partitioner.of(trial)
         if partitioner.floor_bytes() <= (1 - LEAST_GAIN) * floor:
             yield Prepared(trial, partitioner, best.recomputed + names, extra=extra)
 
@@ -157,7 +161,7 @@ def _spilling(best: Prepared, facts: FactTable) -> Iterator[Prepared]:
     for waits in _values_in_the_way(best):
         trial = best.program.copy()
         Spill(waits).apply(trial, facts)
-        partitioner = Partitioner(trial, facts, best.partitioner.max_trips)
+        partitioner = best.partitioner.of(trial)
         if len(partitioner.region.nodes) - partitioner.stuck_at(below) <= behind:
             yield Prepared(trial, partitioner, best.recomputed, best.spilled + waits, best.extra)
 
