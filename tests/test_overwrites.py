@@ -176,7 +176,11 @@ def _filled(value: Any) -> Any:
     return tensor_of(value) if isinstance(value, TensorSpec) else value
 
 
-@pytest.mark.parametrize("target", sorted(ALLOCATING, key=str), ids=str)
+def _name(target: Any) -> str:
+    return str(target) if isinstance(target, torch._ops.OpOverload) else target.__name__
+
+
+@pytest.mark.parametrize("target", sorted(ALLOCATING, key=_name), ids=_name)
 def test_results_of_calls_that_allocate_are_no_views(target: Any) -> None:
     x, operands = tensor_of(tensor(2, 4, 5)), list(map(_filled, SAMPLES.get(target, ())))
     if target in INTO:
