@@ -146,8 +146,8 @@ def test_shapes_that_change_all_the_time_switch_it_off(module: nn.Module, tape: 
     twin = graphed_twin(module)
     with pytest.warns(UserWarning, match="shapes or weights change too often") as caught:
         for count in range(1, FREE_CAPTURES + 4):
-            for _ in range(2):  # recorded at the second, replayed once
-                assert torch.equal(twin(rows(count))[0], module(rows(count))[0])
+            for _ in range(2):  # recorded at the second, replayed once; a product of fewer rows may round differently
+                torch.testing.assert_close(twin(rows(count))[0], module(rows(count))[0], rtol=1e-12, atol=1e-12)
     assert len(caught) == 1 and tape.records == FREE_CAPTURES
     assert torch.equal(twin(rows(2))[0], module(rows(2))[0])
     assert "off, because shapes or weights change too often" in str(fmecompile.explain(twin))

@@ -39,7 +39,7 @@ def optimized(**options: Any) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def module() -> nn.Module:
-    return optimized(memory_budget="12MiB")
+    return optimized(memory_budget="8MiB")
 
 
 @pytest.fixture(scope="module")

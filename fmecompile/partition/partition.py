@@ -104,6 +104,14 @@ class Partitioner:
         joined = tuple(name for candidate in whole for name in self._joined(candidate))
         return Answer(tuple(self._chosen(c) for c in plan if c.trips), floor, int(allowed), joined)
 
+    def meets(self, limit_bytes: int) -> bool:
+        """Whether a plan holds at most ``limit_bytes``, as built; where not, the floor is higher than was estimated."""
+        try:
+            self.search(limit_bytes)
+        except BudgetInfeasible:
+            return False
+        return True
+
     def _knee(self, floor: int, eager: Eager) -> float:
         """The limit of the default plan."""
         if min_trip_bytes() is not None:

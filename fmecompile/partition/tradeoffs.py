@@ -107,7 +107,7 @@ def _require_movable(program: Program, facts: FactTable, wait: Wait) -> None:
 
 def _improved(best: Prepared, facts: FactTable, limit_bytes: int | None, improve: Improve) -> Prepared:
     for _ in range(MAX_STEPS):
-        if limit_bytes is not None and best.partitioner.floor_bytes() <= limit_bytes:
+        if limit_bytes is not None and best.partitioner.meets(limit_bytes):
             break
         better = next(improve(best, facts), None)
         if better is None:

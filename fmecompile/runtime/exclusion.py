@@ -14,6 +14,7 @@ from functools import wraps
 from typing import Any
 
 from torch import nn
+from torch.fx import Tracer
 
 
 class Exclusion:
@@ -60,13 +61,33 @@ class Exclusion:
             self._changed.wait_for(lambda: self._capturing is None and not self._runs)
             self._capturing = me
         try:
-            yield
+            with _followed_here_only():
+                yield
         finally:
             with self._changed:
                 self._capturing = None
                 if suspended:
                     self._runs[me] = suspended
                 self._changed.notify_all()
+
+
+@contextmanager
+def _followed_here_only() -> Iterator[None]:
+    """Let torch follow the modules that are called in this thread only: its tracer has one stack of the modules it is
+    in, on which a call in another thread would push and pop too."""
+    me, plain = threading.get_ident(), Tracer.call_module
+
+    @wraps(plain)
+    def call_module(tracer: Tracer, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != me:
+            return forward(*args, **kwargs)
+        return plain(tracer, module, forward, args, kwargs)
+
+    Tracer.call_module = call_module  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Tracer.call_module = plain  # type: ignore[method-assign]
 
 
 EXCLUSION = Exclusion()

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import fmecompile
 from fmecompile.runtime.dispatch import find
+from fmecompile.runtime.exclusion import EXCLUSION
 from tests.soak.budget import share
 from tests.soak.checks import compare
 from tests.soak.failures import Failing
@@ -39,6 +40,23 @@ def together(work: Any) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         for done in [pool.submit(one, number) for number in range(THREADS)]:
             done.result()
+
+
+def test_a_call_while_another_thread_captures_is_not_traced() -> None:
+    """Also at the moment when torch has begun and the module has not."""
+    other, x = nn.Linear(2, 2), torch.ones(1, 2)
+    found: list[torch.Tensor] = []
+
+    class Meanwhile(nn.Module):
+        def forward(self, y: torch.Tensor) -> torch.Tensor:
+            caller = threading.Thread(target=lambda: found.append(other(x)))
+            caller.start()
+            caller.join()
+            return y
+
+    with EXCLUSION.capture():
+        fx.Tracer().trace(Meanwhile())
+    assert torch.equal(found[0], other(x))
 
 
 @pytest.mark.timeout(900)
