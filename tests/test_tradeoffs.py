@@ -142,7 +142,7 @@ def within(call: Call, want: Any, allowed: int, *, may_spill: bool) -> fmecompil
         (of_image_decoder, 0.7, True),
         (of_image_decoder, 0.5, False),
         (of_video_decoder, 0.9, True),
-        pytest.param(of_animatediff, 0.9, False, marks=pytest.mark.slow),
+        pytest.param(of_animatediff, 0.9, True, marks=pytest.mark.slow),
         pytest.param(of_svd, 0.7, True, marks=pytest.mark.slow),
     ],
 )
