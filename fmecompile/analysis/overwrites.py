@@ -62,7 +62,7 @@ def overwrites(nodes: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
     last: dict[fx.Node, int] = {}
     for at, node in enumerate(nodes):
         read = frozenset[fx.Node]().union(*(_memory(operand, memory) for operand in node.all_input_nodes))
-        is_new = node.target in ALLOCATING or node.op == "call_module" or not read
+        is_new = node.target in ALLOCATING or not read
         memory[node] = frozenset([node]) if is_new else read
         until = len(nodes) if any(user.op == "output" for user in node.users) else at
         for owner in read | memory[node]:
