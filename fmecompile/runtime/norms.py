@@ -52,10 +52,21 @@ def _pieces(x: torch.Tensor, moments: torch.Tensor, pieces: int) -> Iterator[tup
 
 
 def _row_moments(x: torch.Tensor) -> torch.Tensor:
-    x = x.to(_wide(x.dtype))
-    means = x.mean(-1, keepdim=True)
-    variances = torch.linalg.vector_norm(x - means, dim=-1).square() / x.shape[-1]
-    return torch.stack(_joined(means.squeeze(-1), variances, 2))
+    """Moments over the last dimension, joined over C/G. Reduced in the order of memory: with channels innermost a row is
+    a sum of vectors, a tenth of the time of a sum of strided numbers."""
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    back = [order.index(d) for d in range(x.ndim)]
+    x, row = x.to(_wide(x.dtype)).permute(order), back[-1]
+    means = x.mean(row, keepdim=True)
+    variances = _squares(x - means, row) / x.shape[row]
+    return torch.stack(_joined(means.permute(back).squeeze(-1), variances.permute(back).squeeze(-1), 2))
+
+
+def _squares(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The sum of squares along ``dim``, which is kept. ``x`` may be written over."""
+    if dim == x.ndim - 1:
+        return torch.linalg.vector_norm(x, dim=dim, keepdim=True).square()
+    return x.square_().sum(dim, keepdim=True)
 
 
 def _joined(means: torch.Tensor, variances: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
