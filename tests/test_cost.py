@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -209,3 +211,83 @@ def test_the_default_plan_loses_little_time(monkeypatch: pytest.MonkeyPatch) -> 
     assert dear.projected_peak_bytes > plan.projected_peak_bytes
     monkeypatch.setenv("FMECOMPILE_MIN_TRIP_BYTES", "0")  # memory before time
     assert fmecompile.plan(module, x).projected_peak_bytes <= plan.projected_peak_bytes
+
+
+class Temporal(nn.Module):
+    """A temporal convolution of the frames of each sample."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """One leaves temporal convolutions to ATen's own kernel, whatever their size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("shape", [(1, 128, 4, 96, 8), (1, 512, 8, 16, 16), (2, 64, 16, 32, 4), (3, 128, 2, 8, 9)])
+@pytest.mark.parametrize("dims", [(0,), (2,), (3,), (4,), (0, 3), (0, 4), (3, 4)])
+def test_which_slices_aten_unfolds(shape: tuple[int, ...], dims: tuple[int, ...]) -> None:
+    """As many rows as are said are not unfolded, one less is; whatever ATen does with them."""
+    axes, cost = _temporal_cost(shape)
+    nest = tuple(atom for d in dims for atom in axes[d])
+    if not axes[dims[-1]]:
+        return  # one row is nothing to loop over
+    if cost.unfolding is None:
+        assert _is_unfolded(shape)
+        return
+    atoms = [atom for axis in axes for atom in axis]
+    rows = cost.unfolding.least_rows(nest, dict(zip(atoms, _many(shape), strict=True)))
+    for few, is_unfolded in ((rows, False), (rows - 1, True)):
+        part = [1 if d in dims else size for d, size in enumerate(shape)]
+        part[dims[-1]] = few
+        if 0 < few <= shape[dims[-1]]:
+            assert _is_unfolded(tuple(part)) == is_unfolded
+
+
+def _many(shape: tuple[int, ...]) -> list[int]:
+    return [size for size in shape if size > 1]
+
+
+def _temporal_cost(shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """Axes of the convolution's input, and what it costs."""
+    compilation = Compilation(capture(Temporal(shape[1]).requires_grad_(False), (torch.empty(shape),), {}))
+    normalise(compilation)
+    axes = propagate(compilation.program.graph)
+    conv = compute_nodes(compilation.program.graph)[0]
+    return axes[conv.args[0]].axes, cost_of(conv, axes, FOUND, is_view=False)  # type: ignore[index]
+
+
+def _is_unfolded(shape: tuple[int, ...]) -> bool:
+    x, weight = (torch.empty(sizes, dtype=torch.float32) for sizes in (shape, (shape[1], shape[1], 3, 1, 1)))
+    torch_c: Any = torch._C
+    backend = torch_c._select_conv_backend(x, weight, None, [1] * 3, [1, 0, 0], [1] * 3, False, [0] * 3, 1, None)
+    return backend == torch_c._ConvBackend.Slow3d
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_search_keeps_convolutions_from_being_unfolded() -> None:
+    """Slices that ATen unfolds cost more; others, and a convolution that is unfolded whole, do not."""
+    high = next(c for c in _loops(1, 128, 4, 96, 128) if c.size == 96)
+    ((rows, extra_s),) = high.unfolded
+    assert rows == 41
+    for few, many, added in ((32, 48, extra_s), (48, 96, 0.0), (16, 32, 0.0)):
+        more_s = high.trips_s(96 // few, few) - high.trips_s(96 // many, many)
+        assert more_s == pytest.approx((96 // few - 96 // many) * high.fixed_s + added)
+    assert not any(c.unfolded for c in _loops(1, 128, 4, 32, 128))
+
+
+def _loops(*shape: int) -> list[Candidate]:
+    compilation = Compilation(capture(Temporal(shape[1]).requires_grad_(False), (torch.empty(shape),), {}))
+    normalise(compilation)
+    partitioner = Partitioner(compilation.program, FactTable())
+    return [c for c in partitioner.table[len(partitioner.region.nodes)] if len(c.nest) == 1]

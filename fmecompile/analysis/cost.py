@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import fx
@@ -26,17 +27,48 @@ class ReadCost:
     again_s: float
 
 
+FEW_ROWS = 20480
+"""ATen leaves a convolution of one sample to a kernel that unfolds its input first, and not to oneDNN, where the sizes
+of the input but the last of three spatial ones multiply to no more (``use_mkldnn`` in ATen's Convolution.cpp)."""
+
+
+@dataclass(frozen=True)
+class Unfolding:
+    """What a convolution costs beyond its products where ATen unfolds its input: ``extra_s`` for all of it.
+    ``samples`` and ``counted`` are the atoms of the batch and of the other dimensions that decide."""
+
+    samples: tuple[int, ...]
+    counted: tuple[int, ...]
+    extra_s: float
+
+    def least_rows(self, nest: Sequence[int], sizes: Mapping[int, int]) -> int:
+        """The fewest rows of the innermost atom of ``nest`` a trip with which nothing is unfolded; more than there are
+        where it is with any."""
+        inner, rest = nest[-1], _product(self.counted, nest, sizes)
+        if _product(self.samples, nest, sizes) > 1 or rest > FEW_ROWS:
+            return 1
+        if inner in self.counted:
+            return FEW_ROWS // rest + 1
+        return 2 if inner in self.samples else sizes[inner] + 1
+
+
+def _product(atoms: Iterable[int], nest: Sequence[int], sizes: Mapping[int, int]) -> int:
+    return prod(sizes[atom] for atom in atoms if atom not in nest)
+
+
 @dataclass(frozen=True)
 class Cost:
     """Seconds of one call. ``call_s`` is spent whenever it is made, on a slice or on everything, ``work_s`` on
     computing and writing all of it, ``fresh_s`` on mapping the memory of all of it anew. ``whole_s`` is that of the
-    whole by the roofline, where the slower of computing and moving hides the other."""
+    whole by the roofline, where the slower of computing and moving hides the other. ``unfolding`` is what a slice may
+    cost more than its share."""
 
     call_s: float
     work_s: float
     reads: tuple[ReadCost, ...]
     whole_s: float
     fresh_s: float = 0.0
+    unfolding: Unfolding | None = None
 
     def split(self, atoms: Collection[int]) -> tuple[float, float]:
         """What each trip of a loop over ``atoms`` spends again, and what its trips spend together."""
@@ -56,7 +88,32 @@ def cost_of(node: fx.Node, axes: GraphAxes, rates: Rates, *, is_view: bool) -> C
         return Cost(rates.call_s, 0.0, (), whole_s)
     reads = tuple(_read_cost(operand, axes, rates) for operand in node.all_input_nodes)
     work_s = all_products(node) / rates.products_per_s + _nbytes(node) / rates.bytes_per_s
-    return Cost(rates.call_s, work_s, reads, whole_s, fresh_s(_nbytes(node), rates))
+    return Cost(rates.call_s, work_s, reads, whole_s, fresh_s(_nbytes(node), rates), _unfolding(node, axes, rates))
+
+
+def _unfolding(node: fx.Node, axes: GraphAxes, rates: Rates) -> Unfolding | None:
+    """None where oneDNN is not asked, or gets every slice, or not even the whole; nor along less than three
+    dimensions, where unfolding was measured to cost nothing."""
+    source = node.args[0] if node.target is torch.ops.aten.conv3d.default else None
+    if not isinstance(source, fx.Node) or source not in axes.nodes:
+        return None
+    x, kernel = _tensor(source), _tensor(node.args[1]).shape
+    is_asked = x.device.type == "cpu" and x.dtype == torch.float32
+    is_never = len(x.shape) < 5 or kernel[1] != x.shape[1] or min(kernel[-2:]) > 3  # no batch, groups, wide kernels
+    is_temporal = max(kernel[-2:]) == 1 and x.shape[0] < 16  # which one thread unfolds itself
+    is_always = (is_temporal and torch.get_num_threads() == 1) or (x.shape[0] == 1 and prod(x.shape[:-1]) <= FEW_ROWS)
+    if not is_asked or is_never or is_always:
+        return None
+    samples, *counted, _ = axes[source].axes
+    unfolded = prod(kernel[2:]) * _nbytes(source)
+    extra_s = unfolded * (2 / rates.bytes_per_s + rates.fresh_s)
+    return Unfolding(samples, tuple(atom for axis in counted for atom in axis), extra_s)
+
+
+def _tensor(node: object) -> TensorSpec:
+    spec = node_spec(node) if isinstance(node, fx.Node) else None
+    assert isinstance(spec, TensorSpec)
+    return spec
 
 
 def fresh_s(nbytes: int, rates: Rates) -> float:

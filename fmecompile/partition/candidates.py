@@ -41,7 +41,7 @@ class Candidate:
     Of time, ``fixed_s`` is what every trip costs however few rows it has, ``sliced_s`` what all trips share, and
     ``fresh_s`` what they share unless each holds little enough to be kept by the allocator; ``beside_s`` what the loop
     costs once, and ``whole_s`` what the operators cost run whole, by the parts. ``issue_s`` is what the host takes to
-    ask for one trip, while the device works.
+    ask for one trip, while the device works. ``unfolded`` has what convolutions cost more in chunks of less rows.
     """
 
     start: int
@@ -61,6 +61,7 @@ class Candidate:
     beside_s: float = 0.0
     whole_s: float = 0.0
     issue_s: float = 0.0
+    unfolded: tuple[tuple[int, float], ...] = ()
     scale: float = 1.0
     max_trips: int = MAX_TRIPS
     known: dict[int, int] = field(default_factory=dict)
@@ -114,7 +115,8 @@ class Candidate:
     def trips_s(self, trips: int, chunk: int) -> float:
         """Seconds in which the device runs all trips, one after another."""
         fresh_s = self.fresh_s if self.fresh_s and self.trip_bytes(chunk) >= KEPT_BYTES else 0.0
-        return trips * self.fixed_s + (1 + self.halo_rows / chunk) * self.sliced_s + fresh_s
+        unfolded_s = sum(seconds for rows, seconds in self.unfolded if chunk < rows)
+        return trips * self.fixed_s + (1 + self.halo_rows / chunk) * self.sliced_s + fresh_s + unfolded_s
 
 
 def plain(region: Region, start: int, stop: int) -> Candidate:
@@ -206,6 +208,7 @@ class _Trip:
         self.fixed_s = TRIP_CALLS * region.rates.call_s
         self.issue_s = TRIP_CALLS * region.rates.issue_s
         self.sliced_s = self.whole_s = self.fresh_s = 0.0
+        self.unfolded: list[tuple[int, float]] = []
         for atom in nest[:-1]:
             self.outer_trips *= region.sizes[atom]
 
@@ -271,6 +274,9 @@ class _Trip:
             self.fixed_s += sliced * again / self.outer_trips
         else:
             self.sliced_s += sliced * again
+        if cost.unfolding is not None:
+            rows = cost.unfolding.least_rows(self.nest, self.region.sizes)
+            self.unfolded += [(rows, cost.unfolding.extra_s)] if rows > 1 else []
 
     def _release(self, root: int, p: int) -> None:
         """Give back what a trip holds of a storage once all that stays in it is dead."""
@@ -338,6 +344,7 @@ class _Trip:
             beside_s=written_s + mapped_s,
             whole_s=self.whole_s,
             issue_s=self.issue_s,
+            unfolded=tuple(self.unfolded),
         )
 
     def _is_free(self, position: int) -> bool:

@@ -52,8 +52,8 @@ def _pieces(x: torch.Tensor, moments: torch.Tensor, pieces: int) -> Iterator[tup
 
 
 def _row_moments(x: torch.Tensor) -> torch.Tensor:
-    """Moments over the last dimension, joined over C/G. Reduced in the order of memory: with channels innermost a row is
-    a sum of vectors, a tenth of the time of a sum of strided numbers."""
+    """Moments over the last dimension, joined over C/G. Reduced in the order of memory: with channels innermost a row
+    is a sum of vectors, which takes a tenth of the time of sums of strided numbers."""
     order = sorted(range(x.ndim), key=x.stride, reverse=True)
     back = [order.index(d) for d in range(x.ndim)]
     x, row = x.to(_wide(x.dtype)).permute(order), back[-1]
