@@ -345,6 +345,16 @@ def test_a_value_that_a_later_cut_hides_is_kept_until_it_is_read() -> None:
     assert set(taken.plans) == {told.decision for told in taken.runs[-1]}
 
 
+def test_a_step_that_reuses_may_hold_what_a_full_one_does() -> None:
+    """Memory that is there anyway is spent on time: with what is kept, such a step holds no more at its peak."""
+    model, inputs = small_svd().double(), svd_call(1, 3, 8, 8, torch.float64)
+    with torch.no_grad():
+        sampled(fmecompile.optimize(model, reuse=reuse.DeepCache(interval=2), strict=True), inputs, STEPS)
+    made = record(model)
+    full, other = made.plans[FULL], made.plans[REUSE]
+    assert other.projected_peak_bytes <= other.allowed_bytes == full.projected_peak_bytes - made.kept_bytes
+
+
 # ------------------------------------------------------------------------------------------------------------- guidance
 
 GUIDED = reuse.FasterCache(attention_after=2, guidance_after=2, guidance_every=4, low_until=9, high_from=0)

@@ -6,6 +6,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -139,8 +140,9 @@ class ReusingCompiler:
                 half_args, half_kwargs = tree_unflatten(halved(leaves, whole.batch), tree)
                 half = _Captured.of(shell, half_args, half_kwargs, self.policy, timestep, fuse=self.eager.fuse)
             variants = _Variants(self, shell, whole, half)
-            for decision in (HEAD, FULL) if whole.choice.crossing else (FULL,):
-                variants.make(decision, observe)
+            variants.make(FULL, observe)
+            if whole.choice.crossing:
+                variants.make(HEAD)
             if self.policy.is_lossless and variants.prologue is None:
                 return variants.alone(notes)
         plan = max(variants.record.plans.values(), key=lambda plan: plan.projected_peak_bytes)
@@ -227,6 +229,7 @@ class _Variants:
             store=policy.store,
         )
         self.allowance: Any = None
+        self._held_by_full = 0
 
     def _made_once(self) -> tuple[Prologue | None, int]:
         """What runs the prologue, and the bytes that it makes."""
@@ -268,8 +271,10 @@ class _Variants:
         if not self._compiler.policy.is_lossless:
             compilation.done("step-reuse", note, observe)
         held = captured.choice.held_bytes(program) + self.record.shared_bytes + elsewhere_bytes
-        make = partial(self._lower, compilation, observe)
         eager = self._compiler.eager
+        full = self.record.plans.get(FULL) if eager.budget is None else None
+        room = None if full is None else full.projected_peak_bytes - max(held - self._held_by_full, 0)
+        make = partial(self._lower, compilation, observe, room)
         try:
             compiled, plan, allowance = within_budget(
                 self._shell, captured.inputs(), eager.budget, eager.wishes, make, held
@@ -277,6 +282,8 @@ class _Variants:
         except BudgetInfeasible as error:
             self._refused[decision, elsewhere_bytes] = error.detached()
             raise
+        if decision == FULL:
+            self._held_by_full = held
         self.allowance = self.allowance or allowance
         if allowance is not None:
             self.record.allowances[decision] = allowance
@@ -292,8 +299,14 @@ class _Variants:
     def _executable(self, compiled: Compiled) -> Executable:
         return Executable(compiled, self._shell.module, self._compiler.eager.graphs)
 
-    def _lower(self, compilation: Compilation, observe: Any, limits: Limits) -> tuple[Compiled, Plan]:
-        return lower_within(compilation, self._compiler.eager.saved, limits, observe)
+    def _lower(self, compilation: Compilation, observe: Any, room: int | None, limits: Limits) -> tuple[Compiled, Plan]:
+        """``room`` is what there is for a step without a budget, as a full step holds as much: it may be fast instead
+        of lean, where it can keep to that at all."""
+        lower_to = partial(lower_within, compilation, self._compiler.eager.saved, observe=observe)
+        if room is not None and limits.activation_bytes is None:
+            with suppress(BudgetInfeasible):
+                return lower_to(limits=replace(limits, activation_bytes=room))
+        return lower_to(limits=limits)
 
 
 def split(compilation: Compilation, places: Sequence[int]) -> str:
