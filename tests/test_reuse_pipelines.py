@@ -325,7 +325,11 @@ def planned(policy: Any, pipe: Any, timesteps: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("build", "window"), [(pipelines.svd, (-1.0, 1.5)), (pipelines.animatediff, (100.0, 800.0))], ids=["svd", "ddim"]
+    ("build", "window"),
+    [
+        pytest.param(pipelines.svd, (-1.0, 1.5), id="svd"),
+        pytest.param(pipelines.animatediff, (100.0, 800.0), id="ddim", marks=pytest.mark.slow),
+    ],
 )
 def test_windows_are_on_the_timesteps_of_the_sampler(build: Callable[[], Any], window: tuple[float, float]) -> None:
     """In its own unit: logarithms of sigmas here, numbers up to 1000 there."""

@@ -241,7 +241,10 @@ def own_decisions(policy: Any, taken: list[Taken]) -> list[Any]:
     return decisions
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("ada-moreg", "tea-forecast") else ()) for name in POLICIES],
+)
 @pytest.mark.parametrize(
     ("build", "call"), [MODELS[0], pytest.param(*MODELS[1].values, id="animatediff", marks=pytest.mark.slow)]
 )
