@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -224,29 +224,20 @@ class Temporal(nn.Module):
         return self.conv(x)
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """One leaves temporal convolutions to ATen's own kernel, whatever their size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("shape", [(1, 128, 4, 96, 8), (1, 512, 8, 16, 16), (2, 64, 16, 32, 4), (3, 128, 2, 8, 9)])
-@pytest.mark.parametrize("dims", [(0,), (2,), (3,), (4,), (0, 3), (0, 4), (3, 4)])
+@pytest.mark.parametrize(
+    ("shape", "dims"),
+    [
+        *product([(1, 128, 4, 96, 8), (1, 512, 8, 16, 16)], [(2,), (3,), (4,), (3, 4)]),
+        *product([(2, 64, 16, 32, 4), (3, 128, 2, 8, 9)], [(0,), (2,), (3,), (4,), (0, 3), (0, 4), (3, 4)]),
+    ],
+)
 def test_which_slices_aten_unfolds(shape: tuple[int, ...], dims: tuple[int, ...]) -> None:
     """As many rows as are said are not unfolded, one less is; whatever ATen does with them."""
     axes, cost = _temporal_cost(shape)
     nest = tuple(atom for d in dims for atom in axes[d])
-    if not axes[dims[-1]]:
-        return  # one row is nothing to loop over
-    if cost.unfolding is None:
-        assert _is_unfolded(shape)
-        return
-    atoms = [atom for axis in axes for atom in axis]
-    rows = cost.unfolding.least_rows(nest, dict(zip(atoms, _many(shape), strict=True)))
+    sizes = dict(zip((atom for axis in axes for atom in axis), filter(lambda size: size > 1, shape), strict=True))
+    rows = cost.unfolding.least_rows(nest, sizes)
     for few, is_unfolded in ((rows, False), (rows - 1, True)):
         part = [1 if d in dims else size for d, size in enumerate(shape)]
         part[dims[-1]] = few
@@ -254,17 +245,17 @@ def test_which_slices_aten_unfolds(shape: tuple[int, ...], dims: tuple[int, ...]
             assert _is_unfolded(tuple(part)) == is_unfolded
 
 
-def _many(shape: tuple[int, ...]) -> list[int]:
-    return [size for size in shape if size > 1]
-
-
 def _temporal_cost(shape: tuple[int, ...]) -> tuple[Any, Any]:
     """Axes of the convolution's input, and what it costs."""
+    graph = _temporal(shape).program.graph
+    axes, conv = propagate(graph), compute_nodes(graph)[0]
+    return axes[conv.args[0]].axes, cost_of(conv, axes, FOUND, is_view=False)  # type: ignore[index]
+
+
+def _temporal(shape: tuple[int, ...]) -> Compilation:
     compilation = Compilation(capture(Temporal(shape[1]).requires_grad_(False), (torch.empty(shape),), {}))
     normalise(compilation)
-    axes = propagate(compilation.program.graph)
-    conv = compute_nodes(compilation.program.graph)[0]
-    return axes[conv.args[0]].axes, cost_of(conv, axes, FOUND, is_view=False)  # type: ignore[index]
+    return compilation
 
 
 def _is_unfolded(shape: tuple[int, ...]) -> bool:
@@ -287,7 +278,5 @@ def test_the_search_keeps_convolutions_from_being_unfolded() -> None:
 
 
 def _loops(*shape: int) -> list[Candidate]:
-    compilation = Compilation(capture(Temporal(shape[1]).requires_grad_(False), (torch.empty(shape),), {}))
-    normalise(compilation)
-    partitioner = Partitioner(compilation.program, FactTable())
+    partitioner = Partitioner(_temporal(shape).program, FactTable())
     return [c for c in partitioner.table[len(partitioner.region.nodes)] if len(c.nest) == 1]

@@ -41,7 +41,7 @@ class Candidate:
     Of time, ``fixed_s`` is what every trip costs however few rows it has, ``sliced_s`` what all trips share, and
     ``fresh_s`` what they share unless each holds little enough to be kept by the allocator; ``beside_s`` what the loop
     costs once, and ``whole_s`` what the operators cost run whole, by the parts. ``issue_s`` is what the host takes to
-    ask for one trip, while the device works. ``unfolded`` has what convolutions cost more in chunks of less rows.
+    ask for one trip, while the device works. ``unfolded`` has what convolutions cost more in chunks of fewer rows.
     """
 
     start: int
