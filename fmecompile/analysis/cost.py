@@ -99,7 +99,8 @@ def _unfolding(node: fx.Node, axes: GraphAxes, rates: Rates) -> Unfolding | None
         return None
     x, kernel = _tensor(source), _tensor(node.args[1]).shape
     is_asked = x.device.type == "cpu" and x.dtype == torch.float32
-    is_never = len(x.shape) < 5 or kernel[1] != x.shape[1] or min(kernel[-2:]) > 3  # no batch, groups, wide kernels
+    is_grouped = kernel[1] != x.shape[1]
+    is_never = len(x.shape) < len(kernel) or is_grouped or min(kernel[-2:]) > 3  # no batch, or a wide kernel
     is_temporal = max(kernel[-2:]) == 1 and x.shape[0] < 16  # which one thread unfolds itself
     is_always = (is_temporal and torch.get_num_threads() == 1) or (x.shape[0] == 1 and prod(x.shape[:-1]) <= FEW_ROWS)
     if not is_asked or is_never or is_always:
