@@ -4,7 +4,9 @@
     after   body(x, w, into):  h = linear(x, w);  y = add(h, x, out=into);   return (None,)
 
 An output that takes over the storage of an operand is written so where nothing reads that storage afterwards, and where
-the call itself reads of it just the elements that it writes, each in its place.
+the call itself reads of it just the elements that it writes, each in its place. The call then reads ``into``: torch
+refuses to write over what a call reads by another name unless the strides are equal, also those of single rows, which
+mean nothing and may differ when the loop runs.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from torch import fx
 
 from fmecompile.analysis.facts import FactTable
-from fmecompile.analysis.overwrites import INTO
+from fmecompile.analysis.overwrites import INTO, is_laid_out_like
 from fmecompile.analysis.storages import storages
 from fmecompile.graph import edit
 from fmecompile.graph.group import Group
@@ -45,15 +47,16 @@ class WriteThrough:
 
 
 def _written(group: Group, roots: dict[fx.Node, fx.Node], facts: FactTable) -> Group:
+    sharing = [_sharing(group, output, roots) for output in group.spec.outputs]
     chosen = [
         k
         for k, output in enumerate(group.spec.outputs)
-        if all(_can_write(body, k, output, _sharing(group, output, roots), facts) for body in group.bodies)
+        if all(_can_write(body, k, output, sharing[k], facts) for body in group.bodies)
     ]
     if not chosen:
         return group
     outputs = tuple(replace(o, is_written=k in chosen) for k, o in enumerate(group.spec.outputs))
-    bodies = tuple(_writing(body, chosen, outputs) for body in group.bodies)
+    bodies = tuple(_writing(body, {k: sharing[k] for k in chosen}, outputs, facts) for body in group.bodies)
     return replace(group, spec=replace(group.spec, outputs=outputs), bodies=bodies)
 
 
@@ -77,27 +80,43 @@ def _can_write(body: fx.Graph, k: int, output: Output, sharing: set[int], facts:
 def _is_last(body: fx.Graph, value: fx.Node, output: Output, sharing: set[int], facts: FactTable) -> bool:
     """Whether ``value`` reads the storage that it is to overwrite last, and element by element."""
     nodes = compute_nodes(body)
-    roots = storages(nodes, _values(body), facts).roots
-    places = [place for i, place in enumerate(_places(body)) if i in sharing]
-    readers = [node for node in nodes if any(roots.get(n, n) in places for n in node.all_input_nodes)]
+    inside = _inside(body, sharing, facts)
+    readers = [node for node in nodes if inside.intersection(node.all_input_nodes)]
     if nodes.index(value) < max(map(nodes.index, readers), default=0):
         return False
-    read = [n for n in value.all_input_nodes if roots.get(n, n) in places]
-    return all((tensor_spec(n).shape, tensor_spec(n).stride) == (tensor_spec(value).shape, output.stride) for n in read)
+    into = _target(value, output)
+    return all(is_laid_out_like(tensor_spec(n), into) for n in inside.intersection(value.all_input_nodes))
 
 
-def _writing(body: fx.Graph, chosen: Sequence[int], outputs: Sequence[Output]) -> fx.Graph:
-    """A copy of ``body`` with an operand more for each of ``chosen``, which it writes."""
+def _inside(body: fx.Graph, sharing: set[int], facts: FactTable) -> set[fx.Node]:
+    """What lies in the storage of the operands ``sharing``."""
+    nodes = compute_nodes(body)
+    roots = storages(nodes, _values(body), facts).roots
+    places = [place for i, place in enumerate(_places(body)) if i in sharing]
+    return {n for n in (*places, *nodes) if roots.get(n, n) in places}
+
+
+def _target(value: fx.Node, output: Output) -> TensorSpec:
+    """What the body for ``value`` is given to write to."""
+    made = tensor_spec(value)
+    return TensorSpec(made.shape, output.stride, made.dtype, made.device)
+
+
+def _writing(body: fx.Graph, chosen: dict[int, set[int]], outputs: Sequence[Output], facts: FactTable) -> fx.Graph:
+    """A copy of ``body`` with an operand more for each output in ``chosen``, which it writes and, where it lies over
+    what operands hold, reads instead of them."""
     graph = edit.copied(body)
     values: list[Any] = list(_values(graph))
+    inside = {k: _inside(graph, sharing, facts) for k, sharing in chosen.items()}
     for k in chosen:
         value = values[k]
-        made = tensor_spec(value)
-        spec = TensorSpec(made.shape, outputs[k].stride, made.dtype, made.device)
-        into = edit.add_operand(graph, f"into_{k}", spec)
+        into = edit.add_operand(graph, f"into_{k}", _target(value, outputs[k]))
+        for read in inside[k].intersection(value.all_input_nodes):
+            edit.read_instead(value, read, into)
         edit.retarget(value, INTO.get(value.target, value.target), value.args, {**value.kwargs, "out": into})
         values[k] = None
     edit.return_values(graph, tuple(values))
+    edit.drop_dead(graph)
     return graph
 
 

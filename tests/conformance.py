@@ -29,6 +29,7 @@ from fmecompile.partition.reach import halo_of
 from fmecompile.partition.region import Region
 from fmecompile.passes.chunk_loops import ChunkLoops
 from fmecompile.passes.relax_views import RelaxViews
+from fmecompile.passes.write_through import WriteThrough
 from fmecompile.runtime.chunk_loop import ChunkLoop
 
 aten = torch.ops.aten
@@ -92,7 +93,7 @@ def module_of(program: Program, loops: dict[str, ChunkLoop] | None = None) -> fx
 def with_loops(program: Program, *groups: Looped) -> tuple[dict[str, ChunkLoop], dict[str, Group]]:
     """Rewrite ``program`` as the compiler does; its loops and groups by name."""
     builder = Partitioner(program, FACTS).builder
-    built = [builder.build(g.start, g.stop, g.nest, g.chunk) for g in groups]
+    built, _ = WriteThrough([builder.build(g.start, g.stop, g.nest, g.chunk) for g in groups]).apply(program, FACTS)
     loops = ChunkLoops(built).apply(program)
     check(program)
     return loops, dict(zip(loops, built, strict=True))

@@ -82,7 +82,7 @@ def _memory(value: fx.Node, known: Mapping[fx.Node, _Owners]) -> _Owners:
 def _fits(x: fx.Node, node: fx.Node, memory: Mapping[fx.Node, _Owners]) -> bool:
     """Whether ``x`` is all of some allocated memory, laid out like ``node``, of which it reads nothing else."""
     spec = node_spec(x)
-    if node.target not in INTO or not isinstance(spec, TensorSpec) or not _is_laid_out_like(spec, tensor_spec(node)):
+    if node.target not in INTO or not isinstance(spec, TensorSpec) or not is_laid_out_like(spec, tensor_spec(node)):
         return False
     owners = _memory(x, memory)
     owner = next(iter(owners))
@@ -91,7 +91,7 @@ def _fits(x: fx.Node, node: fx.Node, memory: Mapping[fx.Node, _Owners]) -> bool:
     return all(other is x or owner not in _memory(other, memory) for other in node.all_input_nodes)
 
 
-def _is_laid_out_like(one: TensorSpec, other: TensorSpec) -> bool:
+def is_laid_out_like(one: TensorSpec, other: TensorSpec) -> bool:
     """Whether both have the same elements in the same order in memory; strides of one row mean nothing."""
     pairs = zip(one.shape, one.stride, other.stride, strict=False)
     return one._replace(stride=other.stride) == other and all(a == b for size, a, b in pairs if size > 1)

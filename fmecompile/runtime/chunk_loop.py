@@ -180,8 +180,7 @@ class ChunkLoop(nn.Module):
 
     def _run(self, operands: Sequence[torch.Tensor], trips: Trips) -> tuple[torch.Tensor, ...]:
         outputs = tuple(_place(output, operands) for output in self.spec.outputs)  # the caller's, so before the fork
-        over = [outputs[k] for k in self._written if self.spec.outputs[k].takes is not None]
-        readable = [(i, _viewed(_spelled_like(operands[i], over), slicing)) for i, slicing in self._sliced]
+        readable = [(i, _viewed(operands[i], slicing)) for i, slicing in self._sliced]
         writable = [_viewed(tensor, output.slicing) for tensor, output in zip(outputs, self.spec.outputs, strict=True)]
         bodies = list(self.bodies)
         if self.spec.slots == 1:
@@ -226,19 +225,6 @@ def _place(output: Output, operands: Sequence[torch.Tensor]) -> torch.Tensor:
         return host_empty(output.shape, output.stride, output.dtype, output.host_of)
     like = operands[output.like]
     return like.new_empty_strided(output.shape, output.stride, dtype=output.dtype, device=output.device)
-
-
-def _spelled_like(operand: torch.Tensor, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The output that lies over all of ``operand`` with the same shape, if one does: torch refuses to write over what a
-    call reads unless their strides are equal, also along dimensions of one row, where they mean nothing."""
-    for output in outputs:
-        if operand.shape == output.shape and operand.untyped_storage()._cdata == output.untyped_storage()._cdata:
-            return output if _strides(operand) == _strides(output) else operand
-    return operand
-
-
-def _strides(tensor: torch.Tensor) -> list[int]:
-    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def _viewed(tensor: torch.Tensor, slicing: Slicing) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import FACTS, Looped, Tape, assert_chunks_equal, region_of
+from conformance import FACTS, Looped, Tape, assert_chunks_equal, region_of, with_loops
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -20,7 +20,6 @@ from fmecompile.graph.program import compute_nodes
 from fmecompile.operators.registry import tensor
 from fmecompile.partition.partition import Partitioner
 from fmecompile.passes.spill import in_parts
-from fmecompile.runtime.chunk_loop import ChunkLoop, LoopAxis, LoopSpec, Narrow, Output, Slicing
 from fmecompile.runtime.dispatch import find
 from fmecompile.runtime.measure import StorageMeter
 from tests.soak.checks import compare
@@ -221,20 +220,26 @@ def test_what_is_hoisted_last_runs_in_front_of_the_loop() -> None:
     assert_chunks_equal(program, [Looped(1, 3, nest, 2)])
 
 
-def test_strides_of_single_rows_do_not_hinder_writing_over() -> None:
+@pytest.mark.parametrize("by", ["itself", "a view"])
+def test_strides_of_single_rows_do_not_hinder_writing_over(by: str) -> None:
     """Fake tensors and real ones may spell them otherwise, and torch takes that for a partial overlap."""
-    graph = torch.fx.Graph()
-    a, b, into = graph.placeholder("a"), graph.placeholder("b"), graph.placeholder("into")
-    graph.call_function(aten.add.out, (a, b), {"out": into})
-    graph.output((None,))
-    slicing = Slicing((Narrow(0, ((0, 1),), 1, True),))
-    output = Output(slicing, (4, 1, 6), (6, 6, 1), F64, takes=0, is_written=True)
-    spec = LoopSpec((LoopAxis(4, 2),), (slicing, slicing), (output,), (0, 0))
-    loop = ChunkLoop(spec, [torch.fx.GraphModule(nn.Module(), graph)])
-    x, y = noise(4, 1, 6), noise(4, 1, 6, seed=1)
-    wanted = x + y
-    (found,) = loop(x.as_strided((4, 1, 6), (6, 1, 1)), y)
-    assert torch.equal(found, wanted) and found.untyped_storage()._cdata == x.untyped_storage()._cdata
+    tape = Tape()
+    x, y = tape.input(tensor(1, 4, 6)), tape.input(tensor(1, 4, 6))
+    held = tape.call(aten.silu.default, x)
+    read = held if by == "itself" else tape.call(aten.view.default, held, [1, 4, 6])
+    total = tape.call(aten.add.Tensor, read, y)
+    program = tape.program(total)
+    nodes = region_of(program).nodes
+    nest = Partitioner(program, FACTS).axes[total].axes[1]
+    loops, _ = with_loops(program, Looped(nodes.index(held) + 1, nodes.index(total) + 1, nest, 2))
+    (loop,) = loops.values()
+    (output,) = loop.spec.outputs
+    assert output.is_written and output.takes is not None
+    operands = noise(1, 4, 6), noise(1, 4, 6, seed=1)
+    wanted = sum(operands)
+    over = operands[output.takes].as_strided((1, 4, 6), (1, 6, 1))
+    (found,) = loop(*(over if k == output.takes else operand for k, operand in enumerate(operands)))
+    assert torch.equal(found, wanted) and found.untyped_storage()._cdata == over.untyped_storage()._cdata
 
 
 @pytest.mark.xfail(strict=True, reason="fake tensors and real ones spell the strides of the product otherwise")
