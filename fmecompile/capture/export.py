@@ -23,6 +23,7 @@ from fmecompile.capture.unchanged import unchanged
 from fmecompile.errors import CaptureError
 from fmecompile.graph.program import Binding, Input, Literal, Program, Weight
 from fmecompile.graph.specs import SPEC, spec_of
+from fmecompile.runtime.autocast import as_called, autocast_state
 
 _NEXT = "rewrite the line so that it does not depend on tensor values; without strict=True the module runs eager"
 
@@ -37,19 +38,19 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     Raises:
         CaptureError: control flow that depends on data, a mutated buffer or input, or any other failure of export.
     """
-    program = program_of(functional(export(module, args, kwargs)))
+    program = program_of(export(module, args, kwargs))
     if isinstance(module, Shell):
         _strip(program)
     return program
 
 
 def export(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    """``torch.export`` without gradients, its errors turned into :class:`CaptureError`; but not a lack of memory, which
-    says nothing about the module."""
+    """``torch.export`` without gradients and with nothing but calls, its errors turned into :class:`CaptureError`; but
+    not a lack of memory, which says nothing about the module."""
     try:
-        with torch.no_grad(), unchanged(module), warnings.catch_warnings():
+        with as_called(), torch.no_grad(), unchanged(module), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(module, args, kwargs, strict=False)
+            return _functional(torch.export.export(module, args, kwargs, strict=False))
     except Exception as error:
         lack = next((e for e in _causes(error) if isinstance(e, (torch.OutOfMemoryError, MemoryError))), None)
         if lack is not None:
@@ -68,15 +69,23 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def functional(exported: ExportedProgram) -> ExportedProgram:
-    """Make in-place operators functional; composite operators stay whole (an empty decomposition table)."""
-    mutates = any(
-        isinstance(node.target, torch._ops.OpOverload)
-        and node.target._schema.is_mutable
-        and node.target is not torch.ops.aten.detach_.default
-        for node in exported.graph.nodes
-    )
-    return exported.run_decompositions({}) if mutates else exported
+def _functional(exported: ExportedProgram) -> ExportedProgram:
+    """Make in-place operators functional and the casts of autocast calls; composite operators stay whole (an empty
+    decomposition table)."""
+    is_done = not autocast_state() and not any(_mutates(node) or _is_region(node) for node in exported.graph.nodes)
+    return exported if is_done else exported.run_decompositions({})
+
+
+def _mutates(node: fx.Node) -> bool:
+    target = node.target
+    is_detach = target is torch.ops.aten.detach_.default
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and not is_detach
+
+
+def _is_region(node: fx.Node) -> bool:
+    """Whether the module itself turns autocast or gradients on or off around some lines."""
+    regions = torch.ops.higher_order
+    return node.target in (regions.wrap_with_autocast, regions.wrap_with_set_grad_enabled)
 
 
 def program_of(exported: ExportedProgram) -> Program:

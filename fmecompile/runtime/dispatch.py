@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fmecompile.errors import BudgetInfeasible, CaptureError, FmeError, GradientError
+from fmecompile.runtime.autocast import autocast_state, set_aside
 from fmecompile.runtime.exclusion import EXCLUSION, traced_here_only
 from fmecompile.runtime.fingerprint import Fingerprint
 from fmecompile.runtime.hooks import HOOK_PLACES, hook_inside, innermost, places
@@ -117,12 +118,14 @@ class Dispatcher:
         if self.module.training or (torch.is_grad_enabled() and self._needs_gradients(args, kwargs)):
             return self._pass_through(args, kwargs)
         args, kwargs = self._as_tensors(args, kwargs)
-        call = flatten_call(args, kwargs, self._situation())
-        program = self._program(call, args, kwargs)
-        if program is None:
-            return self._eagerly(call, args, kwargs)
-        with EXCLUSION.run(), torch.no_grad():
-            return program(call.leaves)
+        autocast = autocast_state()
+        call = flatten_call(args, kwargs, (self._situation(), autocast, torch.get_default_dtype()))
+        with set_aside(autocast) if autocast else nullcontext():
+            program = self._program(call, args, kwargs)
+            if program is not None:
+                with EXCLUSION.run(), torch.no_grad():
+                    return program(call.leaves)
+        return self._eagerly(call, args, kwargs)
 
     def _program(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
         """The program for ``call``, compiled when it is not there; None when the module stays eager."""
