@@ -90,10 +90,14 @@ def module_of(program: Program, loops: dict[str, ChunkLoop] | None = None) -> fx
     return fx.GraphModule(root, program.graph)
 
 
-def with_loops(program: Program, *groups: Looped) -> tuple[dict[str, ChunkLoop], dict[str, Group]]:
-    """Rewrite ``program`` as the compiler does; its loops and groups by name."""
+def with_loops(
+    program: Program, *groups: Looped, writes: bool = False
+) -> tuple[dict[str, ChunkLoop], dict[str, Group]]:
+    """Rewrite ``program``, with bodies that write their outputs where ``writes``; its loops and groups by name."""
     builder = Partitioner(program, FACTS).builder
-    built, _ = WriteThrough([builder.build(g.start, g.stop, g.nest, g.chunk) for g in groups]).apply(program, FACTS)
+    built = [builder.build(g.start, g.stop, g.nest, g.chunk) for g in groups]
+    if writes:
+        built, _ = WriteThrough(built).apply(program, FACTS)
     loops = ChunkLoops(built).apply(program)
     check(program)
     return loops, dict(zip(loops, built, strict=True))
@@ -102,7 +106,7 @@ def with_loops(program: Program, *groups: Looped) -> tuple[dict[str, ChunkLoop],
 def rewritten(program: Program, *groups: Looped) -> fx.GraphModule:
     """A copy of ``program`` with groups as chunk loops, ready to run."""
     program = program.copy()
-    loops, _ = with_loops(program, *groups)
+    loops, _ = with_loops(program, *groups, writes=True)
     return module_of(program, loops)
 
 

@@ -34,7 +34,10 @@ pytestmark = pytest.mark.usefixtures("one_thread", "without_loops")
 
 STEPS = 6
 EVERY_SECOND = fmecompile.DeepCache(interval=2)
-BUILDS = [pytest.param(pipelines.svd, id="svd"), pytest.param(pipelines.animatediff, id="animatediff")]
+BUILDS = [
+    pytest.param(pipelines.svd, id="svd", marks=pytest.mark.slow),
+    pytest.param(pipelines.animatediff, id="animatediff"),
+]
 
 
 @pytest.fixture(scope="module")

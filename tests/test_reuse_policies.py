@@ -283,7 +283,9 @@ NEVER = {
 }
 
 
-@pytest.mark.parametrize("name", NEVER)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("tea", "mag", "db") else ()) for name in NEVER]
+)
 def test_what_never_reuses_is_exact(name: str) -> None:
     model, inputs = small_animatediff().double(), animatediff_call(1, 3, 8, 8, torch.float64)
     with torch.no_grad():
@@ -294,7 +296,7 @@ def test_what_never_reuses_is_exact(name: str) -> None:
     assert (got - exact).norm() <= 1e-10 * exact.norm()
 
 
-@pytest.mark.parametrize("name", ["first-block", "ada"])
+@pytest.mark.parametrize("name", ["first-block", pytest.param("ada", marks=pytest.mark.slow)])
 def test_what_is_measured_is_what_eager_modules_return(name: str) -> None:
     """The changes of a run without reuse, against hooks."""
     model, inputs = small_svd().double(), svd_call(1, 3, 8, 8, torch.float64)

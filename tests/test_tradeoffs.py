@@ -401,6 +401,24 @@ def test_facts_of_host_memory() -> None:
     assert (back.nbytes, back.hidden_bytes, back.alias, back.result) == ((MIB,), 0, (None,), spec)
 
 
+def test_facts_are_known_to_later_compilations_under_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of(torch.empty(3, 7, 11, dtype=torch.int64))
+    call = (torch.ops.aten.mul.Tensor, (spec, 0.5), {})
+    known = FactTable()(*call)
+    assert known.result.dtype == torch.float32
+    with monkeypatch.context() as patch:
+        patch.setattr(FactTable, "_run", None)
+        assert FactTable()(*call) is known
+        torch.set_default_dtype(F64)
+        try:
+            with pytest.raises(TypeError):
+                FactTable()(*call)
+            patch.undo()
+            assert FactTable()(*call).result.dtype == F64
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 def test_nothing_is_held_on_the_way_out() -> None:
     spec = spec_of(torch.empty(128, 1024, dtype=F64))
     assert FactTable()(to_host, (spec,), {}).hidden_bytes == 0

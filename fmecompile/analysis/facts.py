@@ -34,12 +34,30 @@ class CallFacts:
     hidden_bytes: int
 
 
+MAX_FACTS = 50_000
+"""Calls that are remembered in a process, some thirty programs of video UNets."""
+
+_KNOWN: dict[tuple[Any, ...], dict[Any, CallFacts]] = {}
+
+
+def _settings() -> tuple[Any, ...]:
+    """What the same call may answer otherwise under: dtypes and layouts of results, and what attention holds."""
+    cuda = torch.backends.cuda
+    attention = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled())
+    libraries = (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, cuda.cudnn_sdp_enabled())
+    chosen = (torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+    return (*chosen, *libraries, *attention)
+
+
 class FactTable:
-    """Runs and remembers calls. One table lives as long as one compilation."""
+    """Runs and remembers calls. One table is for one compilation; what it learns, later ones under the same settings
+    of torch know."""
 
     def __init__(self) -> None:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._known: dict[Any, CallFacts] = {}
+        if sum(map(len, _KNOWN.values())) > MAX_FACTS:
+            _KNOWN.clear()
+        self._known = _KNOWN.setdefault(_settings(), {})
 
     def __call__(self, target: Callable[..., Any], args: Any, kwargs: Any) -> CallFacts:
         """Facts of ``target(*args, **kwargs)`` where tensors are given as :class:`TensorSpec`."""

@@ -231,7 +231,7 @@ def test_strides_of_single_rows_do_not_hinder_writing_over(by: str) -> None:
     program = tape.program(total)
     nodes = region_of(program).nodes
     nest = Partitioner(program, FACTS).axes[total].axes[1]
-    loops, _ = with_loops(program, Looped(nodes.index(held) + 1, nodes.index(total) + 1, nest, 2))
+    loops, _ = with_loops(program, Looped(nodes.index(held) + 1, nodes.index(total) + 1, nest, 2), writes=True)
     (loop,) = loops.values()
     (output,) = loop.spec.outputs
     assert output.is_written and output.takes is not None
