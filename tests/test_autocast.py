@@ -51,8 +51,10 @@ def seeded(kind: Callable[[], nn.Module], **options: Any) -> tuple[nn.Module, nn
 
 @pytest.mark.parametrize(
     ("build", "call", "order"),
-    [(small_svd, svd_call, (True, False)), (small_animatediff, animatediff_call, (False, True))],
-    ids=["first with", "first without"],
+    [
+        pytest.param(small_svd, svd_call, (False, True), marks=pytest.mark.slow, id="svd"),
+        pytest.param(small_animatediff, animatediff_call, (True, False), id="animatediff"),
+    ],
 )
 @torch.no_grad()
 def test_each_state_has_a_program(build: Any, call: Any, order: tuple[bool, bool]) -> None:

@@ -16,6 +16,7 @@ from fmecompile.graph.specs import spec_of
 ALIKE = {
     "AnimateDiff, 16 frames, 512x512",
     "SVD decodes 14 frames, 576x1024",
+    "SVD decodes 25 frames, 576x1024",
     "SVD-XT, 25 frames, 576x1024",
     "AnimateDiff, 16 frames, 576x1024",
     "SVD, 13 frames, 448x832, batch 1",

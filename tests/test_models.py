@@ -109,7 +109,7 @@ def test_return_dict_false_and_python_timesteps() -> None:
     assert len(fmecompile.explain(module).records) == 2  # one for floats, one for integers
 
 
-NARROW = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+NARROW = [torch.float16, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float32, torch.bfloat16))]
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)

@@ -246,7 +246,7 @@ def own_decisions(policy: Any, taken: list[Taken]) -> list[Any]:
     [pytest.param(name, marks=pytest.mark.slow if name in ("ada-moreg", "tea-forecast") else ()) for name in POLICIES],
 )
 @pytest.mark.parametrize(
-    ("build", "call"), [MODELS[0], pytest.param(*MODELS[1].values, id="animatediff", marks=pytest.mark.slow)]
+    ("build", "call"), [pytest.param(*MODELS[0].values, id="svd", marks=pytest.mark.slow), MODELS[1]]
 )
 def test_every_policy_runs(build: Callable[[], nn.Module], call: Callable[..., Any], name: str) -> None:
     """Its decisions are carried out, some steps reuse, one program is made per kind of step, and nothing is left."""
