@@ -23,6 +23,7 @@ from fmecompile.explain import Explanation, PipelineExplanation, with_eager
 from fmecompile.graph.plan import Plan
 from fmecompile.reuse.every_step import EveryStep
 from fmecompile.reuse.policy import Policy
+from fmecompile.runtime.autocast import autocast_state, set_aside
 from fmecompile.runtime.dispatch import Dispatcher, find, plain_forward
 from fmecompile.runtime.exclusion import EXCLUSION
 from fmecompile.runtime.generation import Timeline
@@ -202,7 +203,7 @@ def plan(target: nn.Module, *args: Any, memory_budget: object = None, spill: boo
     shell = Shell(module, plain_forward(module))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake_args, fake_kwargs = example.materialise(mode)
-    with EXCLUSION.capture(), mode:
+    with EXCLUSION.capture(), set_aside(autocast_state()), mode:
         made = compile_budgeted(shell, fake_args, fake_kwargs, budget, wishes=_wishes(spill))[1]
     with EXCLUSION.capture():
         eager = eager_measurement(shell, example)

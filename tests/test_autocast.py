@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import fmecompile
+from fmecompile.analysis.facts import FactTable
+from fmecompile.graph.specs import spec_of
 from tests.models import animatediff_call, small_animatediff, small_svd, svd_call, twin
 from tests.test_models import relative
 
@@ -138,3 +140,29 @@ def test_autocast_is_as_before_behind_an_error() -> None:
             module(torch.randn(2, 8, 8, 16, 16))
         assert torch.is_autocast_enabled("cpu")
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@torch.no_grad()
+def test_a_plan_made_before_is_that_of_the_call(enabled: bool) -> None:
+    """Also where a plan for the other state was made in this process."""
+    eager, module = seeded(Regions)
+    x = torch.randn(2, 4, 16, 24)
+    with autocast(not enabled):
+        fmecompile.plan(eager, x)
+    with autocast(enabled):
+        plan = fmecompile.plan(eager, x)
+        module(x)
+        measured = fmecompile.measure(module, x)
+    made = fmecompile.explain(module).records[0].plan
+    assert (plan.key, plan.projected_peak_bytes) == (made.key, made.projected_peak_bytes)
+    assert plan.projected_peak_bytes >= measured.peak_bytes
+
+
+@torch.no_grad()
+def test_facts_of_one_state_are_not_those_of_another() -> None:
+    x, w = spec_of(torch.empty(5, 8)), spec_of(torch.empty(3, 8))
+    for enabled in (True, False):
+        with autocast(enabled):
+            found = FactTable()(torch.ops.aten.linear.default, (x, w), {}).result
+        assert found.dtype == (torch.bfloat16 if enabled else torch.float32)

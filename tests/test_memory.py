@@ -14,7 +14,6 @@ from benchmarks.cases import CASES, GIB, Case, fake
 from fmecompile.graph.specs import spec_of
 
 ALIKE = {
-    "AnimateDiff, 16 frames, 512x512",
     "SVD decodes 14 frames, 576x1024",
     "SVD decodes 25 frames, 576x1024",
     "SVD-XT, 25 frames, 576x1024",

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from fmecompile.errors import CaptureError
 from fmecompile.graph.specs import TensorSpec, spec_of
+from fmecompile.runtime.autocast import autocast_state
 from fmecompile.runtime.measure import StorageMeter, storage_bytes
 
 
@@ -46,7 +47,7 @@ def _settings() -> tuple[Any, ...]:
     attention = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled())
     libraries = (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, cuda.cudnn_sdp_enabled())
     chosen = (torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
-    return (*chosen, *libraries, *attention)
+    return (*chosen, *libraries, *attention, autocast_state())
 
 
 class FactTable:
